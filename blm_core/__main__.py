@@ -1,0 +1,124 @@
+"""Command line: `python -m blm_core COMMAND --help`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from blm_core import config as configuration
+from blm_core.config import ROOT, ConfigError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m blm_core", description="BLM: a boutique language model.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run, text: str, preset: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if preset:
+            sub.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else cpu)")
+            sub.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
+        return sub
+
+    command("train", _train, "Prepare what is missing and train; an interrupted run is continued.", preset=True)
+    command("config", _config, "Print a preset with its overrides.", preset=True)
+    command("summary", _summary, "Print what a run of the notebooks found.", preset=True)
+    variables = command("variables", _variables, "Write _variables.yml for the report from a preset's results.", preset=True)
+    variables.add_argument("--folder", type=Path, default=ROOT)
+    command("publish", _publish, "Put executed notebooks, figures, run and model where they are committed.", preset=True)
+
+    generate = command("generate", _generate, "Write stories.")
+    generate.add_argument("--prompt", default="Once upon a time")
+    generate.add_argument("--n", type=int, default=1, help="how many stories")
+    generate.add_argument("--temperature", type=float, default=0.8)
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=0.95)
+    generate.add_argument("--max-tokens", type=int, default=0, help="new tokens; 0 fills the context")
+    generate.add_argument("--seed", type=int, default=1)
+
+    evaluate = command("evaluate", _evaluate, "Print bits per byte of a text, <|endoftext|> between stories.")
+    evaluate.add_argument("--text", type=Path, required=True)
+    evaluate.add_argument("--normalise", action="store_true", help="repair and fold the text first, as for training")
+    evaluate.add_argument("--json", action="store_true")
+    for sub in (generate, evaluate):
+        sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")
+        sub.add_argument("--device", default="cpu")
+
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args) or 0
+    except (RuntimeError, ValueError, OSError) as error:  # a user's mistake or a broken file, not a programming error
+        if type(error).__module__.startswith("blm_core") or isinstance(error, OSError | ValueError):
+            print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+            return 1
+        raise
+
+
+def _preset(args) -> configuration.Preset:
+    return configuration.load(args.preset, args.settings)
+
+
+def _train(args) -> None:
+    from blm_core import pipeline
+
+    print(json.dumps(pipeline.run(_preset(args)), indent=1))
+
+
+def _config(args) -> None:
+    print(json.dumps(configuration.to_dict(_preset(args)), indent=1))
+
+
+def _summary(args) -> None:
+    from blm_core import publish
+
+    print(publish.summary(_preset(args)))
+
+
+def _variables(args) -> None:
+    from blm_core import publish
+
+    publish.write_variables(_preset(args), args.folder)
+
+
+def _publish(args) -> None:
+    from blm_core import publish
+
+    publish.publish(_preset(args))
+
+
+def _generate(args) -> None:
+    from blm_core.checkpoint import load_model
+    from blm_core.generate import Sampling, complete, stream
+
+    if args.n < 1:
+        raise ConfigError(f"--n {args.n} must be at least 1.")
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
+    model, tokenizer = load_model(args.model, args.device)
+    if args.n == 1:
+        print(args.prompt, end="", flush=True)
+        for text in stream(model, tokenizer, args.prompt, sampling):
+            print(text, end="", flush=True)
+        print()
+        return
+    for i, text in enumerate(complete(model, tokenizer, [args.prompt] * args.n, sampling), 1):
+        print(f"--- {i} ---\n{args.prompt}{text}")
+
+
+def _evaluate(args) -> None:
+    from blm_core.checkpoint import load_model
+    from blm_core.data import read_stories
+    from blm_core.evaluate import score
+
+    stories = read_stories(args.text, args.normalise)
+    model, tokenizer = load_model(args.model, args.device)
+    result = score(model, tokenizer, stories)[0].as_dict() | {"model": str(args.model), "normalised": args.normalise}
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(f"{result['stories']:,} stories, {result['bytes']:,} bytes, {result['tokens']:,} tokens")
+        print(f"{result['bits_per_byte']:.4f} bits per byte [{result['low']:.4f}, {result['high']:.4f}] 95 % bootstrap")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Models and training states on disk.
+
+A model is a folder in the layout of Llama checkpoints: `config.json`, `model.safetensors`, `tokenizer.model`. The
+safetensors format is eight bytes of header length, a JSON header and the raw numbers; it cannot hold code.
+"""
+
+import json
+import shutil
+import struct
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blm_core.config import ConfigError, ModelConfig
+from blm_core.files import read_json, write_json, written_aside
+from blm_core.model import LanguageModel
+from blm_core.tokenizer import Tokenizer
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
+LLAMA = {  # our names: those of Llama's config.json
+    "vocab_size": "vocab_size",
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_ff": "intermediate_size",
+    "seq_len": "max_position_embeddings",
+    "rope_base": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+
+
+class CheckpointError(RuntimeError):
+    """A file that is not a model or a training state of this project."""
+
+
+def llama_config(config: ModelConfig, eot: int) -> dict:
+    """The architecture as the config.json of a Llama checkpoint."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{theirs: getattr(config, ours) for ours, theirs in LLAMA.items()},
+        "head_dim": config.d_head,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write float32 or bfloat16 tensors as a safetensors file."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with written_aside(path) as aside, open(aside, "wb") as file:
+        file.write(struct.pack("<Q", len(head)) + head)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises CheckpointError where it is not a whole one."""
+    raw = Path(path).read_bytes()
+    try:
+        (size,) = struct.unpack("<Q", raw[:8])
+        header, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            data = torch.frombuffer(bytearray(body[start:end]), dtype=DTYPES[entry["dtype"]])
+            tensors[name] = data.reshape(entry["shape"])
+        return tensors
+    except (struct.error, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file of float32 or bfloat16 tensors: {error}") from error
+
+
+def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Write `model` in bfloat16, with its configuration and vocabulary, into `folder`."""
+    folder = Path(folder)
+    weights = {name: weight.detach().to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    write_tensors(folder / "model.safetensors", weights)
+    with written_aside(folder / "tokenizer.model") as aside:
+        shutil.copyfile(tokenizer.path, aside)
+    write_json(folder / "config.json", llama_config(model.config, tokenizer.eot))
+
+
+def load_model(folder: Path, device: str = "cpu") -> tuple[LanguageModel, Tokenizer]:
+    """The model in `folder`, in float32 and ready to sample, and its vocabulary. Raises CheckpointError."""
+    folder = Path(folder)
+    missing = [n for n in ("config.json", "model.safetensors", "tokenizer.model") if not (folder / n).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} holds no model: {', '.join(missing)} not found. Train one or name another folder.")
+    found = read_json(folder / "config.json", {})
+    try:
+        types = {field.name: field.type for field in fields(ModelConfig)}
+        config = ModelConfig(**{ours: types[ours](found[theirs]) for ours, theirs in LLAMA.items()})
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"{folder / 'config.json'} does not describe a model of this project: {error}") from error
+    model = LanguageModel(config)
+    try:
+        model.load_state_dict(read_tensors(folder / "model.safetensors"))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {error}") from error
+    return model.eval().to(device), Tokenizer(folder / "tokenizer.model")
+
+
+def save_state(path: Path, state: dict) -> None:
+    """Write a training state of tensors and plain values, whole or not at all."""
+    with written_aside(path) as aside:
+        torch.save(state, aside)
+
+
+def load_state(path: Path) -> dict | None:
+    """A training state, None where there is none. Raises CheckpointError for files that hold anything else."""
+    if not Path(path).exists():
+        return None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here, UnpicklingError and RuntimeError among them
+        raise CheckpointError(f"{path} is not a training state that can be trusted: {error}") from error

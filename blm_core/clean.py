@@ -1,0 +1,113 @@
+"""Clean one story: repair what is broken, say why what cannot be repaired is dropped.
+
+Cleaned stories are printable ASCII with single newlines between paragraphs.
+"""
+
+import hashlib
+import re
+import unicodedata
+
+REPAIRS = ("mojibake repaired", "characters folded to ASCII", "white space tidied")
+DROPS = (
+    "no story",
+    "other source",
+    "empty",
+    "too short",
+    "cut off",
+    "foreign characters",
+    "repeats another story",
+    "near a held-out story",
+)
+TYPOGRAPHY = str.maketrans(
+    {
+        **dict.fromkeys("\u2018\u2019\u201a\u201b\u2032\u00b4`", "'"),
+        **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
+        **dict.fromkeys("\u2010\u2011\u2012\u2212", "-"),
+        "\u2026": "...",
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
+    }
+)
+DASH = re.compile(" *[\u2013\u2014\u2015]+ *")
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
+# A closing curly quote, read in the wrong encoding, often loses its last, invisible character.
+HALF_QUOTE = re.compile("\u00e2\u20ac(?![^\x00-\x7f])")
+CLOSED = re.compile(r"[.!?][\"')]*$")
+FOREIGN = re.compile(r"[^\n\x20-\x7e]")
+WORD = re.compile(r"[a-z0-9]+(?:'[a-z]+)?")
+
+
+def repair_mojibake(text: str) -> str:
+    """Undo UTF-8 that was read as Windows-1252, run by run, where the run turns back into valid UTF-8."""
+
+    def undo(match: re.Match) -> str:
+        try:
+            raw = b"".join(_windows_1252(c) for c in match[0])
+            return raw.decode("utf-8")
+        except (UnicodeEncodeError, UnicodeDecodeError):
+            return match[0]
+
+    if text.isascii():
+        return text
+    return HALF_QUOTE.sub('"', NOT_ASCII.sub(undo, text))
+
+
+def _windows_1252(character: str) -> bytes:
+    try:
+        return character.encode("cp1252")
+    except UnicodeEncodeError:  # five bytes have no meaning in Windows-1252 and are passed through
+        return character.encode("latin-1")
+
+
+def fold(text: str) -> str:
+    """Typographic characters and accents as ASCII; other scripts are left as they are."""
+    if text.isascii():
+        return text
+    text = DASH.sub(" - ", text.translate(TYPOGRAPHY))
+    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+
+
+def tidy_white_space(text: str) -> str:
+    """One space between words, one newline between paragraphs, none at the ends."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    lines = (" ".join(line.split()) for line in text.split("\n"))
+    return "\n".join(line for line in lines if line)
+
+
+def normalise(text: str) -> tuple[str, list[str]]:
+    """The repaired text and the names of the REPAIRS that changed it."""
+    done = []
+    for name, repair in zip(REPAIRS, (repair_mojibake, fold, tidy_white_space), strict=True):
+        repaired = repair(text)
+        if repaired != text:
+            done.append(name)
+        text = repaired
+    return text, done
+
+
+def reason_to_drop(text: str, min_characters: int) -> str | None:
+    """Why a normalised story is not used, as one of DROPS, or None."""
+    if not text:
+        return "empty"
+    if FOREIGN.search(text):
+        return "foreign characters"
+    if len(text) < min_characters:
+        return "too short"
+    if not CLOSED.search(text):
+        return "cut off"
+    return None
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words, without punctuation."""
+    return WORD.findall(text.lower())
+
+
+def story_key(text: str) -> int:
+    """64 bits that name a story whatever its case, punctuation and white space."""
+    digest = hashlib.sha256(" ".join(words(text)).encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+def is_held_out(key: int, share: float) -> bool:
+    """Whether the story named by `key` belongs to the validation set: no order and no machine has a say in it."""
+    return key < int(share * 2**64)

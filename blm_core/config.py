@@ -1,0 +1,281 @@
+"""Presets: everything that a run may vary, as frozen dataclasses.
+
+- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`).
+- Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
+- Unknown keys and impossible combinations are refused by name.
+- Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
+  (`BLM_BUILD`).
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
+ARCHIVE_URL = HUB + "TinyStories_all_data.tar.gz"
+VALIDATION_URL = HUB + "TinyStoriesV2-GPT4-valid.txt"
+SAMPLE = "sample"  # the embedded sample, packed into an archive and then treated like any other
+
+
+class ConfigError(ValueError):
+    """A preset, a key or a combination of values that cannot work."""
+
+
+def _require(holds: bool, key: str, found, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{key} = {found!r} cannot be used: it must be {wanted}.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where stories come from and which are kept."""
+
+    archive: str = ARCHIVE_URL  # URL, local file, or "sample"
+    validation_file: str = VALIDATION_URL  # official validation stories, URL or local file; "" for none
+    sources: tuple[str, ...] = ()  # keep only records whose `source` is listed; empty keeps all
+    min_characters: int = 100
+    validation_share: float = 0.01  # of the archive's stories, chosen by a hash of the story
+    near_duplicate: float = 0.5  # Jaccard similarity of 4-word shingles from which two stories count as one
+
+    def __post_init__(self):
+        _require(0 < self.validation_share < 1, "data.validation_share", self.validation_share, "between 0 and 1")
+        _require(0 < self.near_duplicate <= 1, "data.near_duplicate", self.near_duplicate, "above 0, at most 1")
+        _require(self.min_characters >= 1, "data.min_characters", self.min_characters, "at least 1")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The sentencepiece vocabulary."""
+
+    vocab_size: int = 4096
+    model_type: str = "bpe"
+    max_stories: int = 200_000  # stories that the vocabulary is learned from
+    sweep: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # vocabulary sizes compared in 02_tokenizer
+    # Copies of the data set separate paragraphs by one newline or by two. Cleaning keeps one; this share of the
+    # training stories is written with two, so that the model meets both.
+    blank_line_share: float = 0.125
+
+    def __post_init__(self):
+        _require(self.model_type in ("bpe", "unigram"), "tokenizer.model_type", self.model_type, "bpe or unigram")
+        for size in (self.vocab_size, *self.sweep):  # 259 = 256 bytes, unknown, end of text, newline
+            _require(300 <= size <= 65_536, "tokenizer.vocab_size", size, "between 300 and 65536 (16-bit tokens)")
+        _require(0 <= self.blank_line_share <= 1, "tokenizer.blank_line_share", self.blank_line_share, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of the Llama family."""
+
+    vocab_size: int = 4096
+    n_layers: int = 6
+    d_model: int = 256
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    d_ff: int = 704
+    seq_len: int = 512
+    rope_base: float = 10_000.0
+    norm_eps: float = 1e-5
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_heads
+
+    def __post_init__(self):
+        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "seq_len", "vocab_size"):
+            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _require(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of {self.d_model=}")
+        _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads=}")
+        _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
+        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Steps and tokens count the whole batch of all processes."""
+
+    seed: int = 1
+    steps: int = 1000
+    batch_size: int = 32  # windows of `seq_len` tokens per step
+    micro_batch_size: int = 32  # windows per forward pass and process
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"  # or "wsd": warm-up, stable, decay
+    warmup_steps: int = 100
+    decay_share: float = 0.2  # of the steps, for "wsd"
+    final_learning_rate: float = 0.1  # share of the peak that is left at the end
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    device: str = "auto"  # cuda if there is one, else cpu
+    dtype: str = "bfloat16"  # of autocast; "float32" switches it off
+    compile: bool = False
+    eval_every: int = 100  # steps
+    eval_stories: int = 200
+    log_every: int = 10  # steps
+    checkpoint_minutes: float = 5.0
+    tensorboard: bool = False
+    wandb: bool = False
+
+    def __post_init__(self):
+        _require(self.schedule in ("cosine", "wsd"), "train.schedule", self.schedule, "cosine or wsd")
+        _require(self.dtype in ("bfloat16", "float32"), "train.dtype", self.dtype, "bfloat16 or float32")
+        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every"):
+            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _require(
+            self.batch_size % self.micro_batch_size == 0,
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            f"a divisor of {self.batch_size=}",
+        )
+        _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
+        _require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, at most 1")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All of it under one name."""
+
+    name: str
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    samples: int = 8  # stories sampled per figure or table
+
+    def __post_init__(self):
+        _require(
+            self.model.vocab_size == self.tokenizer.vocab_size,
+            "model.vocab_size",
+            self.model.vocab_size,
+            f"equal to tokenizer.vocab_size ({self.tokenizer.vocab_size})",
+        )
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.model.seq_len
+
+    @property
+    def folder(self) -> Path:
+        """Where this preset writes; ignored by git."""
+        return Path(os.environ.get("BLM_BUILD", ROOT / "build")) / self.name
+
+
+PRESETS = {
+    "smoke": Preset(
+        name="smoke",
+        data=DataConfig(archive=SAMPLE, validation_file="", validation_share=0.1),
+        tokenizer=TokenizerConfig(vocab_size=512, sweep=(320, 512, 1024)),
+        model=ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=176, seq_len=128),
+        train=TrainConfig(
+            steps=150, batch_size=16, micro_batch_size=16, learning_rate=4e-3, warmup_steps=15, eval_every=50, eval_stories=20
+        ),
+        samples=2,
+    ),
+    # 5,500 steps of 8,192 tokens are 45 M tokens: on two cores with bfloat16 instructions about two hours.
+    "cpu": Preset(
+        name="cpu",
+        model=ModelConfig(dropout=0.1),
+        train=TrainConfig(
+            steps=5500,
+            batch_size=16,
+            micro_batch_size=4,
+            learning_rate=2e-3,
+            warmup_steps=200,
+            compile=True,
+            eval_every=200,
+            eval_stories=400,
+        ),
+    ),
+    # 20,000 steps of 524,288 tokens are 10.5 B tokens; the reasoning stands in 04_train.
+    "a100": Preset(
+        name="a100",
+        tokenizer=TokenizerConfig(vocab_size=8192, max_stories=500_000, sweep=(2048, 4096, 8192, 16_384, 32_768)),
+        model=ModelConfig(vocab_size=8192, n_layers=12, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536),
+        train=TrainConfig(
+            steps=20_000,
+            batch_size=1024,
+            micro_batch_size=128,
+            learning_rate=1e-3,
+            warmup_steps=500,
+            compile=True,
+            eval_every=500,
+            eval_stories=2000,
+        ),
+    ),
+}
+
+
+def _parse(text: str, example, key: str):
+    """`text` as the type of the value that it replaces."""
+    try:
+        if isinstance(example, bool):
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if isinstance(example, tuple):
+            items = [item for item in text.split(",") if item]
+            return tuple(int(item) for item in items) if example and isinstance(example[0], int) else tuple(items)
+        return type(example)(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{key} = {text!r} cannot be read as {type(example).__name__} (now {example!r}).") from None
+
+
+def override(preset: Preset, assignments: list[str]) -> Preset:
+    """A preset with `section.key=value` applied.
+
+    Setting `tokenizer.vocab_size` or `model.vocab_size` sets both. All assignments are applied before the result
+    is checked, so that values that only fit together can be changed together.
+
+    Raises ConfigError for an unknown key, an unreadable value or an impossible combination.
+    """
+    changes: dict[str, dict] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        section, _, name = key.strip().rpartition(".")
+        part = getattr(preset, section, None) if section else preset
+        known = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
+        if not equals or name not in known or dataclasses.is_dataclass(getattr(part, name)) or key.strip() == "name":
+            raise ConfigError(f"unknown setting {assignment!r}; use section.key=value with one of: {', '.join(keys(preset))}")
+        value = _parse(text.strip(), getattr(part, name), key)
+        changes.setdefault(section, {})[name] = value
+        if name == "vocab_size":
+            changes.setdefault("model", {})[name] = changes.setdefault("tokenizer", {})[name] = value
+    plain = changes.pop("", {})
+    parts = {section: dataclasses.replace(getattr(preset, section), **values) for section, values in changes.items()}
+    return dataclasses.replace(preset, **parts, **plain)
+
+
+def keys(preset: Preset) -> list[str]:
+    """Every key that `override` knows."""
+    found = []
+    for part in dataclasses.fields(preset):
+        value = getattr(preset, part.name)
+        if dataclasses.is_dataclass(value):
+            found += [f"{part.name}.{f.name}" for f in dataclasses.fields(value)]
+        elif part.name != "name":
+            found.append(part.name)
+    return found
+
+
+def load(name: str | None = None, overrides: list[str] | None = None) -> Preset:
+    """The preset `name` (or `BLM_PRESET`, or `cpu`) with the environment's and the given overrides applied.
+
+    Raises ConfigError.
+    """
+    name = name or os.environ.get("BLM_PRESET") or "cpu"
+    if name not in PRESETS:
+        raise ConfigError(f"unknown preset {name!r}; BLM_PRESET may be one of: {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    places = {"archive": os.environ.get("BLM_ARCHIVE"), "validation_file": os.environ.get("BLM_VALIDATION")}
+    if name == "smoke":  # always the embedded sample: it has to run the same everywhere
+        places = {}
+    preset = dataclasses.replace(preset, data=dataclasses.replace(preset.data, **{k: v for k, v in places.items() if v}))
+    return override(preset, os.environ.get("BLM_OVERRIDES", "").split() + list(overrides or []))
+
+
+def to_dict(config) -> dict:
+    """A configuration as plain values, for JSON."""
+    return dataclasses.asdict(config)

@@ -1,0 +1,109 @@
+"""Sample stories: key/value cache, batches of prompts, temperature, top-k and top-p."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blm_core.config import ConfigError
+from blm_core.model import KeyValueCache, LanguageModel
+from blm_core.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 takes the likeliest; top_k 0 and top_p 1 keep all tokens."""
+
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    max_tokens: int = 0  # new tokens; 0 fills the model's context
+    seed: int = 1
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature = {self.temperature} must not be negative.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p = {self.top_p} must be above 0 and at most 1.")
+        if self.top_k < 0 or self.max_tokens < 0:
+            raise ConfigError(f"top_k = {self.top_k} and max_tokens = {self.max_tokens} must not be negative.")
+
+
+def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Draw one token per row of `logits` (B, V); (B,)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    ordered, tokens = (logits / sampling.temperature).sort(-1, descending=True)
+    probabilities = ordered.softmax(-1)
+    if sampling.top_k:
+        probabilities[:, sampling.top_k :] = 0
+    before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
+    probabilities[before >= sampling.top_p * probabilities.sum(-1, keepdim=True)] = 0
+    drawn = torch.multinomial(probabilities, 1, generator=generator)
+    return tokens.gather(-1, drawn).squeeze(-1)
+
+
+@torch.no_grad()
+def sample_tokens(model: LanguageModel, prompts: list[list[int]], sampling: Sampling, eot: int) -> Iterator[Tensor]:
+    """Yield the sequences' next tokens (B,) one step at a time, until all have ended or the context is full.
+
+    `prompts` begin with the start token and may differ in length: the shortest sets the first step, and a longer prompt
+    is read on while others already write. A sequence that has ended goes on yielding `eot`.
+    Raises ValueError for a prompt that leaves no room in the context.
+    """
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    if longest >= model.config.seq_len:
+        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's context of {model.config.seq_len}.")
+    device = model.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    cache = KeyValueCache(model.config, len(prompts), device)
+    left = torch.tensor([sampling.max_tokens or model.config.seq_len] * len(prompts), device=device)
+    given = torch.full((len(prompts), longest), -1, device=device)
+    for row, prompt in enumerate(prompts):
+        given[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    logits = model(given[:, :shortest], cache=cache)[:, -1]
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for position in range(shortest, model.config.seq_len):
+        drawn = next_tokens(logits, sampling, generator)
+        drawn = torch.where(ended, eot, drawn)
+        if position < longest:
+            reading = given[:, position] >= 0
+            drawn = torch.where(reading, given[:, position], drawn)
+        else:
+            reading = torch.zeros_like(ended)
+        ended |= (drawn == eot) & ~reading
+        left -= (~reading).long()
+        yield drawn
+        ended |= (left <= 0) & ~reading
+        if ended.all() or position + 1 == model.config.seq_len:
+            return
+        logits = model(drawn[:, None], cache=cache)[:, -1]
+
+
+def complete(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling) -> list[str]:
+    """One completion of each prompt, without the prompt and without `<|endoftext|>`."""
+    encoded = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
+    steps = list(sample_tokens(model, encoded, sampling, tokenizer.eot))
+    rows = torch.stack(steps, 1).tolist()
+    shortest = min(map(len, encoded))
+    completions = []
+    for prompt, row in zip(encoded, rows, strict=True):
+        new = row[len(prompt) - shortest :]
+        completions.append(tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new))
+    return completions
+
+
+def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
+    """The completion of `prompt`, piece by piece as it is written."""
+    encoded = [tokenizer.eot, *tokenizer.encode(prompt)]
+    new, shown = [], ""
+    for step in sample_tokens(model, [encoded], sampling, tokenizer.eot):
+        token = int(step)
+        if token == tokenizer.eot:
+            break
+        new.append(token)
+        text = tokenizer.decode(new)
+        if not text.endswith("\ufffd"):  # the rest of a character's bytes is still to come
+            yield text[len(shown) :]
+            shown = text

@@ -1,0 +1,198 @@
+"""The model: a decoder of the Llama family.
+
+- Pre-norm residual blocks with RMSNorm, no biases
+- Rotary position embeddings, rotating the two halves of each head against each other
+- Grouped-query attention through `scaled_dot_product_attention`
+- SwiGLU feed-forward; input and output embeddings are one matrix
+- Initial values in one place, scaled by depth
+- Module names are those of the Llama checkpoints, so that a state dict can be loaded elsewhere as it is
+
+Shapes: B batch, T tokens, C d_model, H query heads, K key/value heads, D head size, V vocabulary.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blm_core.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square, in float32, then by a learned gain (Zhang and Sennrich 2019)."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+def rotary_angles(seq_len: int, d_head: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotation at every position, each (T, D) (Su et al. 2021)."""
+    frequencies = base ** (-torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)  # (D/2)
+    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)  # (T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, T, D) by the angles of its positions, (T, D) each."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KeyValueCache:
+    """Keys and values of the tokens seen so far, for every layer: (L, B, K, seq_len, D) each."""
+
+    def __init__(self, config: ModelConfig, batch_size: int, device=None, dtype=torch.float32):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, config.seq_len, config.d_head)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0  # tokens stored; the model moves it on when all layers have written
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store keys and values (B, K, T, D) behind those before; all of them so far."""
+        end = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : end] = keys
+        self.values[layer, :, :, self.length : end] = values
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which several query heads share a key/value head (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.n_heads, self.n_kv_heads, self.d_head = config.n_heads, config.n_kv_heads, config.d_head
+        self.q_proj = nn.Linear(config.d_model, config.n_heads * config.d_head, bias=False)
+        self.k_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
+        self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        mask, past = None, 0
+        if cache is not None:
+            past = cache.length
+            k, v = (kept.to(q.dtype) for kept in cache.update(self.layer, k, v))  # (B, K, past + T, D)
+            if past and T > 1:  # the causal mask of the kernel starts at the first key, not at the first new one
+                mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
+        group = self.n_heads // self.n_kv_heads
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, past + T, D)
+        # No dropout on attention weights: it would force the slow kernel, which stores all T x T of them.
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past and T > 1)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: a gated linear unit with SiLU (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = FeedForward(config)
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+class LanguageModel(nn.Module):
+    """Tokens in, logits of the next token out."""
+
+    def __init__(self, config: ModelConfig, seed: int | None = None):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
+                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
+                "norm": RMSNorm(config.d_model, config.norm_eps),
+            }
+        )
+        self.dropout = nn.Dropout(config.dropout)
+        cos, sin = rotary_angles(config.seq_len, config.d_head, config.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        if self.cos.device.type != "meta":
+            self.initialise(seed)
+
+    @torch.no_grad()
+    def initialise(self, seed: int | None = None) -> None:
+        """Normal with `init_std`; what writes into the residual stream is smaller by sqrt(2 L) (GPT-2)."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        into_residual = self.config.init_std / math.sqrt(2 * self.config.n_layers)
+        for name, weight in self.named_parameters():
+            if weight.ndim == 2:
+                std = into_residual if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.init_std
+                weight.normal_(0, std, generator=generator)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits (B, T, V) in float32 for `tokens` (B, T); with `targets` (B, T), the mean cross-entropy in nats.
+
+        With a cache, `tokens` continue what it holds. Raises ValueError beyond `seq_len`.
+        """
+        past = cache.length if cache is not None else 0
+        T = tokens.shape[1]
+        if past + T > self.config.seq_len:
+            raise ValueError(f"{past + T} tokens do not fit into the model's context of {self.config.seq_len}.")
+        cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D)
+        x = self.dropout(self.model["embed_tokens"](tokens))  # (B, T, C)
+        for block in self.model["layers"]:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        logits = F.linear(self.model["norm"](x), self.model["embed_tokens"].weight).float()  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    @property
+    def device(self) -> torch.device:
+        return self.cos.device
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part, by formula; `total` counts the tied embedding once."""
+    c, d = config, config.d_head
+    attention = c.d_model * d * (2 * c.n_heads + 2 * c.n_kv_heads)
+    counts = {
+        "embedding (tied)": c.vocab_size * c.d_model,
+        "attention": c.n_layers * attention,
+        "feed-forward": c.n_layers * 3 * c.d_model * c.d_ff,
+        "norms": (2 * c.n_layers + 1) * c.d_model,
+    }
+    return counts | {"total": sum(counts.values())}
+
+
+def flops_per_token(config: ModelConfig) -> int:
+    """FLOPs to train on one token: 6 N + 12 L H D T (PaLM, appendix B), every matrix product counted."""
+    counts = parameter_counts(config)
+    matrices = counts["total"] - counts["norms"]  # the tied embedding is the output layer's matrix
+    return 6 * matrices + 12 * config.n_layers * config.n_heads * config.d_head * config.seq_len

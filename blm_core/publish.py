@@ -1,0 +1,127 @@
+"""From an executed preset to what is committed: notebooks, figures, variables, run, release.
+
+- Notebooks call `record`; the report's prose takes every measured number from these records, through `_variables.yml`.
+- Outputs of cells tagged `source-text` show other people's text and are cleared before anything is published.
+"""
+
+import base64
+import json
+import re
+import shutil
+from pathlib import Path
+
+from blm_core.config import ROOT, Preset
+from blm_core.files import read_json, write_json, written_aside
+
+NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl")
+SOURCE_TEXT = "source-text"
+RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
+LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
+
+
+class PublishError(RuntimeError):
+    """A preset that is not ready to be published."""
+
+
+def record(preset: Preset, section: str, **values: str) -> None:
+    """Keep `values`, formatted as the report shall print them, as `section.name` for the prose."""
+    path = preset.folder / "results.json"
+    results = read_json(path, {})
+    results.setdefault(section, {}).update({name: str(value) for name, value in values.items()})
+    write_json(path, results)
+
+
+def write_variables(preset: Preset, folder: Path) -> None:
+    """Everything recorded, as `folder/_variables.yml` (JSON strings are valid YAML)."""
+    results = read_json(preset.folder / "results.json")
+    if not results:
+        raise PublishError(f"{preset.folder} holds no results; run the notebooks first.")
+    lines = [f"# Written by the notebooks with the preset {preset.name}."]
+    for section, values in sorted(results.items()):
+        lines.append(f"{section}:")
+        lines += [f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(values.items())]
+    with written_aside(folder / "_variables.yml") as aside:
+        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def publish(preset: Preset, root: Path = ROOT) -> None:
+    """Move what the executed notebooks of `preset` made into the project below `root`.
+
+    Raises PublishError where a notebook was not executed to its end.
+    """
+    executed = {name: _executed(preset.folder / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
+    write_variables(preset, root)
+    shutil.rmtree(root / "figures", ignore_errors=True)
+    for name, notebook in executed.items():
+        for cell in notebook["cells"]:
+            clear_for_publication(cell)
+            _save_figure(cell, root / "figures")
+        write_json(root / "notebooks" / f"{name}.ipynb", notebook)
+    for name in RUN_FILES:
+        _copy(preset.folder / "run" / name, root / "runs" / preset.name / name)
+    for path in sorted((preset.folder / "run" / "model").iterdir()):
+        _copy(path, root / "release" / path.name)
+
+
+def clear_for_publication(cell: dict) -> None:
+    """Clear the outputs that show source text, and progress bars and times wherever they stand."""
+    if cell["cell_type"] != "code":
+        return
+    if SOURCE_TEXT in cell["metadata"].get("tags", []):
+        cell["outputs"] = []
+    cell["outputs"] = [out for out in cell["outputs"] if out.get("name") != "stderr"]
+    cell["metadata"].pop("execution", None)
+
+
+def _executed(path: Path) -> dict:
+    notebook = read_json(path)
+    if notebook is None:
+        raise PublishError(f"{path} is missing; run the notebooks first.")
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    counts = [cell["execution_count"] for cell in cells]
+    errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
+    if errors or counts != list(range(1, len(cells) + 1)):
+        raise PublishError(f"{path} was not executed from top to bottom without errors.")
+    return notebook
+
+
+def _save_figure(cell: dict, folder: Path) -> None:
+    label = LABEL.search("".join(cell["source"]))
+    for output in cell.get("outputs", []) if label else []:
+        data = output.get("data", {})
+        if "image/svg+xml" in data:
+            with written_aside(folder / f"{label[1]}.svg") as aside:
+                aside.write_text("".join(data["image/svg+xml"]), encoding="utf-8")
+        elif "image/png" in data:
+            with written_aside(folder / f"{label[1]}.png") as aside:
+                aside.write_bytes(base64.b64decode(data["image/png"]))
+
+
+def _copy(source: Path, target: Path) -> None:
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
+
+
+def summary(preset: Preset) -> str:
+    """What a run of the notebooks found, in a few lines, and where it lies."""
+    folder = preset.folder
+    data, tokens, run = (read_json(folder / p) for p in ("data/manifest.json", "tokens/manifest.json", "run/summary.json"))
+    results = read_json(folder / "results.json", {})
+    if not (data and tokens and run):
+        raise PublishError(f"{folder} holds no finished run; run the notebooks first.")
+    dropped = {reason: count for reason, count in data["drops"].items() if count}
+    story = results.get("samples", {}).get("story", "")
+    return "\n".join(
+        [
+            f"preset       {preset.name}",
+            f"stories      {data['read']:,} read, {sum(data['stories'].values()):,} kept {data['stories']}",
+            f"dropped      {sum(dropped.values()):,} {dropped}",
+            f"tokens       {tokens['tokens']['train']:,} at hand, {run['tokens']:,} trained on ({run['epochs']:.1f} epochs)",
+            f"parameters   {results['model']['parameters']}",
+            f"validation   {run['validation_bits_per_byte']:.3f} bits per byte ({run['validation_split']})",
+            f"training     {run['seconds']:,.0f} s on {run['device']}, PyTorch {run['torch']}",
+            f"a story      {story}",
+            f"notebooks    {folder / 'notebooks'}",
+            f"run          {folder / 'run'} (model in model/)",
+        ]
+    )
