@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from blm_core.config import Preset
 from blm_core.scoring import story_bits
-
-MODEL = "gpt2-xl"
 
 
 class UnavailableError(RuntimeError):
@@ -23,9 +22,9 @@ class UnavailableError(RuntimeError):
 class TransformersModel:
     """A causal model loaded through transformers, with its own tokenizer."""
 
-    def __init__(self, name: str = "", device: str = "auto", dtype: torch.dtype = torch.float32):
-        """Load `name`, a hub name or a local folder (default: `BLM_GPT2XL`, else gpt2-xl). Raises UnavailableError."""
-        self.name = name or os.environ.get("BLM_GPT2XL") or MODEL
+    def __init__(self, name: str, device: str = "auto", dtype: torch.dtype = torch.float32):
+        """Load `name`, a hub name or a local folder. Raises UnavailableError."""
+        self.name = name
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -71,6 +70,14 @@ class TransformersModel:
                 )
             completions.append(self.tokenizer.decode(out[0, tokens.shape[1] :], skip_special_tokens=True))
         return completions
+
+
+def opponent(preset: Preset) -> TransformersModel:
+    """The model to compare with: `BLM_GPT2XL`, or what the preset names. Raises UnavailableError."""
+    name = os.environ.get("BLM_GPT2XL") or preset.opponent
+    if not name:
+        raise UnavailableError(f"The preset {preset.name} loads no foreign weights. Set BLM_GPT2XL to a folder or a hub name.")
+    return TransformersModel(name)
 
 
 def recorded(path: str | Path = "") -> list[dict]:

@@ -146,6 +146,7 @@ class Preset:
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     samples: int = 8  # stories sampled per figure or table
+    opponent: str = "gpt2-xl"  # hub name or folder, overruled by `BLM_GPT2XL`; "" for none
 
     def __post_init__(self):
         _require(
@@ -175,6 +176,7 @@ PRESETS = {
             steps=150, batch_size=16, micro_batch_size=16, learning_rate=4e-3, warmup_steps=15, eval_every=50, eval_stories=20
         ),
         samples=2,
+        opponent="",
     ),
     # 5,500 steps of 8,192 tokens are 45 M tokens: on two cores with bfloat16 instructions about two hours.
     "cpu": Preset(

@@ -31,6 +31,12 @@ def record(preset: Preset, section: str, **values: str) -> None:
     write_json(path, results)
 
 
+def markdown_table(header: tuple, rows: list[tuple]) -> str:
+    """A table in Markdown, which Quarto sets natively in HTML and PDF; all but the first column stand to the right."""
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def write_variables(preset: Preset, folder: Path) -> None:
     """Everything recorded, as `folder/_variables.yml` (JSON strings are valid YAML)."""
     results = read_json(preset.folder / "results.json")

@@ -1,0 +1,109 @@
+"""The vocabulary: any text comes back unchanged, and none can produce the end of a text."""
+
+from itertools import product
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from blm_core import END_OF_TEXT
+from blm_core.tokenizer import Tokenizer, TokenizerError, train
+
+STORIES = [
+    f'{name} found a {colour} {thing} by the lake.\n"Look," said {name}, "this {thing} is {colour} and 12 years old!"'
+    for name, colour, thing in product(
+        ("Mina", "Tobi", "Oskar", "Ruth"), ("red", "blue", "green", "yellow"), ("kite", "boat", "drum", "shell", "lamp")
+    )
+]
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram"])
+def learned(request, tmp_path_factory) -> Tokenizer:
+    return train(STORIES, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model", 300, request.param)
+
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
+    st.sampled_from(["\u2581", END_OF_TEXT, " ", "\n", "\0", "\r", "\t", "🐢", "e\u0301", "<unk>", "<0x41>", "kite", "\ufffd"])
+).map("".join)
+
+
+@settings(max_examples=300)
+@given(text=ANY_TEXT)
+@example(text="")
+@example(text="  two before, two after  ")
+@example(text=f"\n\n{END_OF_TEXT}\n")
+@example(text="\u2581\u2581 \u2581")
+@example(text="\0\x01\x1b\x7f\x85\u2028\ufeff")
+@example(text="👩‍👩‍👧 \U0010ffff")
+def test_any_text_survives_encoding_and_decoding_and_never_yields_the_end_of_text(learned, text):
+    tokens = learned.encode(text)
+    assert learned.decode(tokens) == text
+    assert learned.eot not in tokens
+    assert all(0 <= token < len(learned) for token in tokens)
+
+
+def test_pieces_shorten_the_text_they_were_learned_from(learned):
+    assert len(learned.encode(STORIES[0])) < 0.9 * len(STORIES[0])
+
+
+def test_a_newline_is_always_one_piece_of_its_own(learned):
+    newline = learned.encode("\n")
+    assert len(newline) == 1
+    assert learned.encode("kite\n\nboat").count(newline[0]) == 2
+
+
+def test_digits_are_never_joined(learned):
+    assert len(learned.encode("121212")) == 6
+
+
+def test_the_end_of_text_is_silent_when_decoded(learned):
+    tokens = [learned.eot, *learned.encode("a kite"), learned.eot]
+    assert learned.piece(learned.eot) == END_OF_TEXT
+    assert learned.decode(tokens) == "a kite"
+
+
+def test_bytes_that_are_no_character_decode_to_the_replacement_character(learned):
+    assert learned.decode(learned.encode("🐢")[:2]).strip("\ufffd") == ""
+    assert learned.decode(learned.encode("🐢")[:2]) != ""
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a boat \udfff there"])
+def test_half_a_surrogate_pair_is_refused_with_its_position(learned, text):
+    position = next(i for i, c in enumerate(text) if c > "\ud7ff")
+    with pytest.raises(TokenizerError, match=f"position {position}"):
+        learned.encode(text)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_learning_twice_from_the_same_stories_writes_the_same_file(tmp_path, model_type):
+    first, second = (train(iter(STORIES), tmp_path / name, 300, model_type) for name in ("a.model", "b.model"))
+    assert first.path.read_bytes() == second.path.read_bytes()
+    assert first.hash == second.hash != train(STORIES, tmp_path / "c.model", 299, model_type).hash
+
+
+@pytest.mark.parametrize(
+    ("stories", "vocab_size"), [(STORIES, 5000), (STORIES, 260), ([], 300)], ids=["too many", "too few", "no story"]
+)
+def test_a_vocabulary_that_the_stories_do_not_yield_is_refused_and_writes_nothing(tmp_path, stories, vocab_size):
+    with pytest.raises(TokenizerError, match=f"{vocab_size} pieces"):
+        train(stories, tmp_path / "tokenizer.model", vocab_size)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, b"", b"this is no model", b"\x0a\xff\xff\xff"])
+def test_a_file_that_is_no_vocabulary_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "broken.model"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=r"broken\.model"):
+        Tokenizer(path)
+
+
+def test_a_sentencepiece_vocabulary_of_another_make_is_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(STORIES), model_prefix=str(tmp_path / "other"), vocab_size=40, minloglevel=2
+    )
+    with pytest.raises(TokenizerError, match=r"other\.model has no control symbol"):
+        Tokenizer(tmp_path / "other.model")
