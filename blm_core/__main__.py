@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         return sub
 
     command("train", _train, "Prepare what is missing and train; an interrupted run is continued.", preset=True)
+    study = command("study", _study, "Carry out experiments; finished runs are kept.")
+    study.add_argument("names", nargs="*", help="which studies (default: all)")
     command("config", _config, "Print a preset with its overrides.", preset=True)
     command("summary", _summary, "Print what a run of the notebooks found.", preset=True)
     variables = command("variables", _variables, "Write _variables.yml for the report from a preset's results.", preset=True)
@@ -63,6 +65,13 @@ def _train(args) -> None:
     from blm_core import pipeline
 
     print(json.dumps(pipeline.run(_preset(args)), indent=1))
+
+
+def _study(args) -> None:
+    from blm_core import study
+
+    for name in args.names or [each.name for each in study.STUDIES]:
+        study.run(study.find(name))
 
 
 def _config(args) -> None:

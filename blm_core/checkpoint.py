@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from blm_core import export
 from blm_core.config import ConfigError, ModelConfig
 from blm_core.files import read_json, write_json, written_aside
 from blm_core.model import LanguageModel
@@ -38,7 +39,12 @@ class CheckpointError(RuntimeError):
 
 
 def llama_config(config: ModelConfig, eot: int) -> dict:
-    """The architecture as the config.json of a Llama checkpoint."""
+    """The architecture as the config.json of a Llama checkpoint. Raises CheckpointError for an ablation."""
+    if not config.is_llama:
+        raise CheckpointError(
+            f"only models of the Llama family are saved; this one has {config.norm=}, {config.position=}, "
+            f"{config.feed_forward=}."
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -88,13 +94,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Write `model` in bfloat16, with its configuration and vocabulary, into `folder`."""
+    """Write `model` in bfloat16, its configuration and its vocabulary into `folder`, as transformers loads them too."""
     folder = Path(folder)
     weights = {name: weight.detach().to(torch.bfloat16) for name, weight in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", weights)
     with written_aside(folder / "tokenizer.model") as aside:
         shutil.copyfile(tokenizer.path, aside)
     write_json(folder / "config.json", llama_config(model.config, tokenizer.eot))
+    write_json(folder / "generation_config.json", export.generation_config(tokenizer.eot))
+    if tokenizer.is_bpe:  # the fast tokenizers have another unigram
+        write_json(folder / "tokenizer_config.json", export.tokenizer_config(model.config.seq_len))
+        write_json(folder / "tokenizer.json", export.tokenizer_json(tokenizer))
 
 
 def load_model(folder: Path, device: str = "cpu") -> tuple[LanguageModel, Tokenizer]:
@@ -118,9 +128,15 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[LanguageModel, Tokeni
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Write a training state of tensors and plain values, whole or not at all."""
-    with written_aside(path) as aside:
-        torch.save(state, aside)
+    """Write a training state of tensors and plain values, whole or not at all. Raises CheckpointError on a full disk."""
+    try:
+        with written_aside(path) as aside, open(aside, "wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:  # torch hides the reason behind an error of its own
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error
+        raise CheckpointError(
+            f"{path} could not be written: {reason}. The checkpoint before it, if there was one, is still whole."
+        ) from error
 
 
 def load_state(path: Path) -> dict | None:

@@ -24,6 +24,7 @@ TYPOGRAPHY = str.maketrans(
         **dict.fromkeys("\u201c\u201d\u201e\u201f\u2033\u00ab\u00bb", '"'),
         **dict.fromkeys("\u2010\u2011\u2012\u2212", "-"),
         "\u2026": "...",
+        "\u2044": "/",  # of fractions
         **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad", ""),
     }
 )
@@ -60,10 +61,11 @@ def _windows_1252(character: str) -> bytes:
 
 def fold(text: str) -> str:
     """Typographic characters and accents as ASCII; other scripts are left as they are."""
+    text = text.translate(TYPOGRAPHY)
     if text.isascii():
         return text
-    text = DASH.sub(" - ", text.translate(TYPOGRAPHY))
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    text = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return DASH.sub(" - ", text.translate(TYPOGRAPHY))  # again: some characters decompose into typographic ones
 
 
 def tidy_white_space(text: str) -> str:

@@ -79,6 +79,14 @@ class ModelConfig:
     norm_eps: float = 1e-5
     dropout: float = 0.0
     init_std: float = 0.02
+    # Ablations: each of these can be GPT-2's instead. Only the first values can be saved as a Llama checkpoint.
+    norm: str = "rms"  # or "layer"
+    position: str = "rope"  # or "learned"
+    feed_forward: str = "swiglu"  # or "gelu"
+
+    @property
+    def is_llama(self) -> bool:
+        return (self.norm, self.position, self.feed_forward) == ("rms", "rope", "swiglu")
 
     @property
     def d_head(self) -> int:
@@ -91,6 +99,9 @@ class ModelConfig:
         _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads=}")
         _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        _require(self.norm in ("rms", "layer"), "model.norm", self.norm, "rms or layer")
+        _require(self.position in ("rope", "learned"), "model.position", self.position, "rope or learned")
+        _require(self.feed_forward in ("swiglu", "gelu"), "model.feed_forward", self.feed_forward, "swiglu or gelu")
 
 
 @dataclass(frozen=True)
@@ -101,6 +112,9 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 32  # windows of `seq_len` tokens per step
     micro_batch_size: int = 32  # windows per forward pass and process
+    max_stories: int = 0  # train on the first so many stories only; 0 takes all
+    isolate_stories: bool = False  # forbid attention between the stories of a window
+    optimizer: str = "muon"  # for the matrices of the blocks, AdamW for the rest; or "adamw" for all
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # or "wsd": warm-up, stable, decay
     warmup_steps: int = 100
@@ -108,10 +122,12 @@ class TrainConfig:
     final_learning_rate: float = 0.1  # share of the peak that is left at the end
     beta1: float = 0.9
     beta2: float = 0.95
+    momentum: float = 0.95  # of Muon
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
+    weight_average: float = 0.0  # decay per step of a moving average of the weights, which is then the model; 0 for none
     device: str = "auto"  # cuda if there is one, else cpu
-    dtype: str = "bfloat16"  # of autocast; "float32" switches it off
+    dtype: str = "auto"  # of autocast: bfloat16, or float32 for none; auto is bfloat16 where the device multiplies it fast
     compile: bool = False
     eval_every: int = 100  # steps
     eval_stories: int = 200
@@ -122,7 +138,10 @@ class TrainConfig:
 
     def __post_init__(self):
         _require(self.schedule in ("cosine", "wsd"), "train.schedule", self.schedule, "cosine or wsd")
-        _require(self.dtype in ("bfloat16", "float32"), "train.dtype", self.dtype, "bfloat16 or float32")
+        _require(self.dtype in ("auto", "bfloat16", "float32"), "train.dtype", self.dtype, "auto, bfloat16 or float32")
+        _require(self.optimizer in ("muon", "adamw"), "train.optimizer", self.optimizer, "muon or adamw")
+        _require(0 <= self.weight_average < 1, "train.weight_average", self.weight_average, "in [0, 1)")
+        _require(self.max_stories >= 0, "train.max_stories", self.max_stories, "at least 0")
         for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         _require(
@@ -178,6 +197,23 @@ PRESETS = {
         samples=2,
         opponent="",
     ),
+    # The proxy that the experiments of `study.py` vary: a minute and a half on two cores.
+    "study": Preset(
+        name="study",
+        tokenizer=TokenizerConfig(vocab_size=2048, sweep=(2048,)),
+        model=ModelConfig(vocab_size=2048, n_layers=4, d_model=96, n_heads=3, n_kv_heads=3, d_ff=256),
+        train=TrainConfig(
+            steps=250,
+            batch_size=8,
+            micro_batch_size=8,
+            learning_rate=1.6e-2,
+            warmup_steps=25,
+            final_learning_rate=0.0,
+            eval_every=125,
+            eval_stories=200,
+        ),
+        opponent="",
+    ),
     # 5,500 steps of 8,192 tokens are 45 M tokens: on two cores with bfloat16 instructions about two hours.
     "cpu": Preset(
         name="cpu",
@@ -204,6 +240,7 @@ PRESETS = {
             micro_batch_size=128,
             learning_rate=1e-3,
             warmup_steps=500,
+            dtype="bfloat16",
             compile=True,
             eval_every=500,
             eval_stories=2000,

@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from blm_core import END_OF_TEXT, clean
 from blm_core.config import ROOT, SAMPLE, DataConfig
-from blm_core.download import ArchiveError, fetch, pack_sample, unpack
+from blm_core.download import ArchiveError, fetch, is_address, pack_sample, unpack
 from blm_core.files import read_json, sha256, write_json, written_aside
 from blm_core.near import NearDuplicates
 
 SAMPLE_FOLDER = ROOT / "blm_core" / "sample"
-VERSION = 1  # of the cleaning; raise it when stories come out differently
+VERSION = 2  # of the cleaning; raise it when stories come out differently
 MAX_WORDS = 1000  # longer stories share the last bar of the histogram
 
 
@@ -41,7 +41,6 @@ def prepare(config: DataConfig, folder: Path) -> dict:
     manifest = read_json(folder / "manifest.json")
     if manifest and manifest["made_from"] == made_from:
         return manifest
-    (folder / "manifest.json").unlink(missing_ok=True)
     if config.archive == SAMPLE:
         archive = pack_sample(SAMPLE_FOLDER, folder / "sample.tar.gz")
     else:
@@ -68,6 +67,7 @@ def prepare(config: DataConfig, folder: Path) -> dict:
         config.near_duplicate,
     )
 
+    (folder / "manifest.json").unlink(missing_ok=True)  # only now: an archive that fails costs no earlier result
     shutil.rmtree(folder / "stories", ignore_errors=True)
     work = [(name, mask, held_out[name]) for name, mask in zip(names, keep, strict=True)]
     second = pooled(partial(_split_shard, cleaned=cleaned, folder=folder / "stories"), work, "splitting", _set_index, (index,))
@@ -105,8 +105,16 @@ def prepare(config: DataConfig, folder: Path) -> dict:
 
 
 def read_stories(path: Path, normalise: bool = False) -> list[str]:
-    """The stories of a text file, separated by `<|endoftext|>`; surrounding white space is not part of a story."""
-    stories = [part.strip() for part in Path(path).read_text(encoding="utf-8").split(END_OF_TEXT)]
+    """The stories of a text file, separated by `<|endoftext|>`; surrounding white space is not part of a story.
+
+    Raises ArchiveError where the file is not UTF-8.
+    """
+    try:
+        stories = [part.strip() for part in Path(path).read_text(encoding="utf-8").split(END_OF_TEXT)]
+    except UnicodeDecodeError as error:
+        raise ArchiveError(
+            f"{path} is not UTF-8 text: {error}. Name a file of stories with {END_OF_TEXT} between them."
+        ) from error
     return [clean.normalise(story)[0] if normalise else story for story in stories if story]
 
 
@@ -144,6 +152,8 @@ def _identity(config: DataConfig) -> dict:
     """What the result depends on. A local file is named by size and time: reading gigabytes to compare them is slow."""
     identity = {"version": VERSION, **vars(config), "sources": list(config.sources)}
     for name in ("archive", "validation_file"):
+        if is_address(identity[name]):  # asked first: an address may be too long for a path
+            continue
         path = Path(identity[name]).expanduser()
         if identity[name] == SAMPLE:
             identity[name] = {path.name: sha256(path) for path in sorted(SAMPLE_FOLDER.glob("data*.json"))}
@@ -159,7 +169,7 @@ def _clean_shard(shard: Path, config: DataConfig, folder: Path) -> dict:
         found = json.loads(shard.read_text(encoding="utf-8"))
         if not isinstance(found, list):
             raise ValueError(f"a list of records was expected, found {type(found).__name__}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         found = []
         problems.append({"shard": shard.name, "index": None, "reason": f"not valid JSON: {error}"[:200]})
     counts["read"] = len(found)

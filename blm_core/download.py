@@ -5,11 +5,12 @@
 """
 
 import gzip
+import lzma
 import re
 import shutil
 import tarfile
-import tempfile
 import time
+import zlib
 from pathlib import Path
 
 import requests
@@ -20,7 +21,7 @@ from blm_core.files import read_json, sha256, write_json
 ATTEMPTS = 6
 BACKOFF = 1.0  # seconds before the second attempt, doubled each time
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-MEMBER = re.compile(r"(?:\./)?(data\d+\.json)")
+MEMBER = re.compile(r"(?:\./)?(data[0-9]+\.json)")
 
 
 class DownloadError(RuntimeError):
@@ -44,7 +45,7 @@ def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
 
     `variable` is the environment variable that names another source; errors point to it. Raises DownloadError.
     """
-    if not re.match(r"https?://", source):
+    if not is_address(source):
         path = Path(source).expanduser()
         if not path.is_file():
             raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
@@ -61,12 +62,22 @@ def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
             return target
         except (_Retry, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             reason = error
+        except requests.RequestException as error:
+            raise DownloadError(
+                f"{source} cannot be asked for: {error}. Set {variable} to another URL or a local file."
+            ) from error
+        except OSError as error:
+            raise DownloadError(f"{target} cannot be written: {error.strerror}. Free some space and run this again.") from error
         if attempt + 1 < ATTEMPTS:
             time.sleep(max(BACKOFF * 2**attempt, getattr(reason, "wait", 0)))
     raise DownloadError(
         f"{source} could not be downloaded in {ATTEMPTS} attempts (last: {reason}). What had arrived is kept and will be "
         f"resumed. Without this address, set {variable} to another URL or to a local file."
     )
+
+
+def is_address(source: str) -> bool:
+    return re.match("https?://", source) is not None
 
 
 def _attempt(url: str, target: Path, variable: str) -> None:
@@ -80,17 +91,18 @@ def _attempt(url: str, target: Path, variable: str) -> None:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         _refuse(url, response, variable)
         if response.status_code == 416:  # nothing lies beyond what is here: the file changed, or it is complete
-            if have != known.get("size"):
-                part.unlink()
+            if not have or have != known.get("size"):
+                part.unlink(missing_ok=True)
                 raise _Retry("the server refused to continue the file, so it is started again")
         else:
             stated = _stated(response)
             resumed = response.status_code == 206
             if resumed and (
-                stated["version"] != known["version"]
+                not have
+                or stated["version"] != known["version"]
                 or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
             ):
-                part.unlink()
+                part.unlink(missing_ok=True)
                 raise _Retry("the server's file changed, so it is started again")
             known = stated | ({"size": known["size"], "sha256": known["sha256"]} if resumed else {})
             write_json(notes, known)
@@ -133,19 +145,14 @@ def _stated(response: requests.Response) -> dict:
 
 
 def _receive(response: requests.Response, part: Path, have: int, size: int | None, name: str) -> None:
-    try:
-        with (
-            open(part, "r+b" if have else "wb") as file,
-            tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name) as bar,
-        ):
-            file.seek(have)
-            for block in response.iter_content(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-    except OSError as error:
-        if isinstance(error, requests.RequestException):
-            raise
-        raise DownloadError(f"{part} cannot be written: {error.strerror}. Free some space and run this again.") from error
+    with (
+        open(part, "r+b" if have else "wb") as file,
+        tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name) as bar,
+    ):
+        file.seek(have)
+        for block in response.iter_content(1 << 20):
+            file.write(block)
+            bar.update(len(block))
 
 
 def pack_sample(folder: Path, target: Path) -> Path:
@@ -163,31 +170,39 @@ def pack_sample(folder: Path, target: Path) -> Path:
 def unpack(archive: Path, folder: Path) -> list[Path]:
     """Take the `dataNN.json` members of `archive` out into `folder`, all or none; their sorted paths.
 
-    Members with absolute paths or `..`, links and devices are refused; other files are passed over.
+    Members with absolute paths or `..`, links, devices and sparse files are refused; other files are passed over.
     Raises ArchiveError.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
     try:
+        aside.mkdir()
         with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, desc=f"unpacking {archive.name}") as bar:
             for member in tar:
                 if member.name.startswith("/") or ".." in Path(member.name).parts:
                     raise ArchiveError(f"{archive} holds {member.name!r}, a path outside the archive; it was not unpacked.")
-                if not (member.isfile() or member.isdir()):
-                    raise ArchiveError(f"{archive} holds {member.name!r}, a link or device; it was not unpacked.")
+                if member.issparse() or not (member.isfile() or member.isdir()):
+                    raise ArchiveError(f"{archive} holds {member.name!r}, a link, device or sparse file; it was not unpacked.")
                 match = MEMBER.fullmatch(member.name)
                 if not match or not member.isfile():
                     continue
                 with tar.extractfile(member) as read, open(aside / match[1], "wb") as write:
                     shutil.copyfileobj(read, write, 1 << 20)
                 bar.update(member.size)
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end; reading on checks gzip's checksum too
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("what follows the last readable member is damaged")
         if not any(aside.iterdir()):
             raise ArchiveError(f"{archive} holds no member named like data00.json; is it the story archive?")
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}.") from error
+    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        damaged = getattr(error, "errno", None) is None  # else the system says why, a full disk say
+        hint = " If it was downloaded, delete it to have it downloaded again." if damaged else ""
+        raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}.{hint}") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return sorted(folder.glob("data*.json"), key=lambda path: (len(path.name), path.name))

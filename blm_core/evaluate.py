@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from blm_core.hardware import precision
 from blm_core.model import LanguageModel
-from blm_core.scoring import bits_per_byte, precision, story_bits
+from blm_core.scoring import bits_per_byte, story_bits
 from blm_core.tokenizer import Tokenizer
 
 
@@ -33,7 +34,7 @@ def score(
     Every byte of the text counts, and nothing else: the end-of-text symbol is neither scored nor counted.
     Raises ValueError where there is no story.
     """
-    if not stories:
+    if not any(stories):
         raise ValueError("there is no story to score: the text is empty.")
     encoded = [np.array([tokenizer.eot, *tokenizer.encode(story)]) for story in stories]
     sizes = np.array([len(story.encode()) for story in stories])

@@ -23,8 +23,9 @@ def written_aside(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+    with written_aside(path) as aside:  # half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path, default=None):

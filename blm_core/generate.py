@@ -1,5 +1,6 @@
 """Sample stories: key/value cache, batches of prompts, temperature, top-k and top-p."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature = {self.temperature} must not be negative.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature = {self.temperature} must be a number that is not negative.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p = {self.top_p} must be above 0 and at most 1.")
         if self.top_k < 0 or self.max_tokens < 0:

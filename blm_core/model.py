@@ -6,6 +6,7 @@
 - SwiGLU feed-forward; input and output embeddings are one matrix
 - Initial values in one place, scaled by depth
 - Module names are those of the Llama checkpoints, so that a state dict can be loaded elsewhere as it is
+- For ablations, norm, positions and feed-forward can each be those of GPT-2 instead
 
 Shapes: B batch, T tokens, C d_model, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -31,6 +32,10 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    return RMSNorm(config.d_model, config.norm_eps) if config.norm == "rms" else nn.LayerNorm(config.d_model, config.norm_eps)
 
 
 def rotary_angles(seq_len: int, d_head: int, base: float) -> tuple[Tensor, Tensor]:
@@ -76,13 +81,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        mask, past = None, 0
+        if cos is not None:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        past = 0
         if cache is not None:
             past = cache.length
             k, v = (kept.to(q.dtype) for kept in cache.update(self.layer, k, v))  # (B, K, past + T, D)
@@ -92,7 +100,7 @@ class Attention(nn.Module):
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, past + T, D)
         # No dropout on attention weights: it would force the slow kernel, which stores all T x T of them.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=not past and T > 1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and not past and T > 1)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -109,17 +117,31 @@ class FeedForward(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GeluFeedForward(nn.Module):
+    """The feed-forward layer of GPT-2, for ablations."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.self_attn = Attention(config, layer)
-        self.mlp = FeedForward(config)
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = FeedForward(config) if config.feed_forward == "swiglu" else GeluFeedForward(config)
+        self.input_layernorm = make_norm(config)
+        self.post_attention_layernorm = make_norm(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KeyValueCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, cache))
+    def forward(
+        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None
+    ) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -133,9 +155,11 @@ class LanguageModel(nn.Module):
             {
                 "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
                 "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
-                "norm": RMSNorm(config.d_model, config.norm_eps),
+                "norm": make_norm(config),
             }
         )
+        if config.position == "learned":
+            self.model["embed_positions"] = nn.Embedding(config.seq_len, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         cos, sin = rotary_angles(config.seq_len, config.d_head, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
@@ -153,19 +177,34 @@ class LanguageModel(nn.Module):
                 std = into_residual if name.endswith(("o_proj.weight", "down_proj.weight")) else self.config.init_std
                 weight.normal_(0, std, generator=generator)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        stories: Tensor | None = None,
+    ) -> Tensor:
         """Logits (B, T, V) in float32 for `tokens` (B, T); with `targets` (B, T), the mean cross-entropy in nats.
 
-        With a cache, `tokens` continue what it holds. Raises ValueError beyond `seq_len`.
+        Targets of -100 are passed over. With a cache, `tokens` continue what it holds. With `stories` (B, T), numbers of
+        the story that a token belongs to, no token sees another story. Raises ValueError beyond `seq_len`.
         """
         past = cache.length if cache is not None else 0
         T = tokens.shape[1]
         if past + T > self.config.seq_len:
             raise ValueError(f"{past + T} tokens do not fit into the model's context of {self.config.seq_len}.")
-        cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D)
-        x = self.dropout(self.model["embed_tokens"](tokens))  # (B, T, C)
+        cos = sin = mask = None
+        x = self.model["embed_tokens"](tokens)  # (B, T, C)
+        if self.config.position == "rope":
+            cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D)
+        else:
+            x = x + self.model["embed_positions"].weight[past : past + T]
+        if stories is not None:
+            same = stories[:, :, None] == stories[:, None, :]
+            mask = (same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril())[:, None]  # (B, 1, T, T)
+        x = self.dropout(x)
         for block in self.model["layers"]:
-            x = block(x, cos, sin, cache)
+            x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.length += T
         logits = F.linear(self.model["norm"](x), self.model["embed_tokens"].weight).float()  # (B, T, V)
@@ -185,14 +224,16 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     counts = {
         "embedding (tied)": c.vocab_size * c.d_model,
         "attention": c.n_layers * attention,
-        "feed-forward": c.n_layers * 3 * c.d_model * c.d_ff,
-        "norms": (2 * c.n_layers + 1) * c.d_model,
+        "feed-forward": c.n_layers * (3 if c.feed_forward == "swiglu" else 2) * c.d_model * c.d_ff,
+        "norms": (2 * c.n_layers + 1) * c.d_model * (1 if c.norm == "rms" else 2),
     }
+    if c.position == "learned":
+        counts["positions"] = c.seq_len * c.d_model
     return counts | {"total": sum(counts.values())}
 
 
 def flops_per_token(config: ModelConfig) -> int:
     """FLOPs to train on one token: 6 N + 12 L H D T (PaLM, appendix B), every matrix product counted."""
     counts = parameter_counts(config)
-    matrices = counts["total"] - counts["norms"]  # the tied embedding is the output layer's matrix
+    matrices = counts["embedding (tied)"] + counts["attention"] + counts["feed-forward"]  # tied: also the output layer
     return 6 * matrices + 12 * config.n_layers * config.n_heads * config.d_head * config.seq_len

@@ -1,26 +1,83 @@
-"""AdamW in two groups, and the learning rate over time."""
+"""The optimizers, and the learning rate over time.
+
+- Muon (Jordan et al. 2024) for the matrices of the blocks: the momentum is orthogonalised, so that a step moves all
+  directions of a matrix alike. Matrices of equal shape are orthogonalised in one batched call.
+- AdamW (Loshchilov and Hutter 2019) for embeddings and norms, or for everything
+- Muon's step is scaled to the size that AdamW's typically has (Liu et al. 2025), so both share one learning rate and
+  one decoupled weight decay.
+"""
 
 import math
+from collections import defaultdict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from blm_core.config import TrainConfig
+from blm_core.hardware import fast_bfloat16
+
+RMS_OF_ADAMW = 0.2  # root mean square of a typical AdamW step over its learning rate (Liu et al. 2025)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019); matrices decay, gains of the norms do not."""
-    weights = list(model.parameters())
+@torch.no_grad()
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Matrices (N, rows, columns) with their singular values moved towards 1, by a quintic Newton-Schulz iteration.
+
+    The coefficients are Jordan's: they bring singular values into about 0.7 to 1.2 quickly rather than to 1 exactly.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.to(torch.bfloat16 if fast_bfloat16(matrices.device) else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalised. Every parameter is a matrix."""
+
+    def __init__(self, weights: list[Tensor], lr: float, momentum: float, weight_decay: float):
+        super().__init__(weights, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            alike = defaultdict(list)
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    alike[weight.shape].append(weight)
+            for (rows, columns), weights in alike.items():
+                gradients = [w.grad for w in weights]
+                momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+                ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+                updates = orthogonalise(torch.stack(ahead)).unbind()
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, updates, alpha=-group["lr"] * RMS_OF_ADAMW * math.sqrt(max(rows, columns)))
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW, or AdamW alone; matrices decay, gains and biases of the norms do not."""
+    matrices = [w for w in model.parameters() if w.ndim == 2]
+    in_blocks = {id(w) for name, w in model.named_parameters() if ".layers." in name and w.ndim == 2}
+    hidden = [w for w in matrices if id(w) in in_blocks] if config.optimizer == "muon" else []
     groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
+        {"params": [w for w in matrices if not (hidden and id(w) in in_blocks)], "weight_decay": config.weight_decay},
+        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         groups,
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=weights[0].device.type == "cuda",  # PyTorch 2.1 refuses it on the CPU
+        fused=matrices[0].device.type == "cuda",  # PyTorch 2.1 refuses it on the CPU
     )
+    if not hidden:
+        return [adamw]
+    return [Muon(hidden, config.learning_rate, config.momentum, config.weight_decay), adamw]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

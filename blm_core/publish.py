@@ -12,10 +12,12 @@ from pathlib import Path
 
 from blm_core.config import ROOT, Preset
 from blm_core.files import read_json, write_json, written_aside
+from blm_core.model import parameter_counts
 
 NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl")
 SOURCE_TEXT = "source-text"
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
+NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # valid as they stand in JSON strings only
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
 
 
@@ -38,24 +40,33 @@ def markdown_table(header: tuple, rows: list[tuple]) -> str:
 
 
 def write_variables(preset: Preset, folder: Path) -> None:
-    """Everything recorded, as `folder/_variables.yml` (JSON strings are valid YAML)."""
+    """Everything recorded, as `folder/_variables.yml`. Raises PublishError where nothing was."""
     results = read_json(preset.folder / "results.json")
     if not results:
         raise PublishError(f"{preset.folder} holds no results; run the notebooks first.")
     lines = [f"# Written by the notebooks with the preset {preset.name}."]
     for section, values in sorted(results.items()):
         lines.append(f"{section}:")
-        lines += [f"  {name}: {json.dumps(value, ensure_ascii=False)}" for name, value in sorted(values.items())]
+        lines += [f"  {name}: {_yaml(value)}" for name, value in sorted(values.items())]
     with written_aside(folder / "_variables.yml") as aside:
         aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _yaml(text: str) -> str:
+    """`text` as a quoted string of YAML: one of JSON in which some more characters are escaped."""
+    return NOT_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 
 
 def publish(preset: Preset, root: Path = ROOT) -> None:
     """Move what the executed notebooks of `preset` made into the project below `root`.
 
-    Raises PublishError where a notebook was not executed to its end.
+    Raises PublishError, before anything is changed, where a notebook was not executed to its end or the run is not finished.
     """
     executed = {name: _executed(preset.folder / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
+    run = preset.folder / "run"
+    missing = [name for name in (*RUN_FILES, "model/config.json") if not (run / name).is_file()]
+    if missing:
+        raise PublishError(f"{run} holds no finished run: {', '.join(missing)} not found. Run 04_train first.")
     write_variables(preset, root)
     shutil.rmtree(root / "figures", ignore_errors=True)
     for name, notebook in executed.items():
@@ -64,8 +75,8 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
             _save_figure(cell, root / "figures")
         write_json(root / "notebooks" / f"{name}.ipynb", notebook)
     for name in RUN_FILES:
-        _copy(preset.folder / "run" / name, root / "runs" / preset.name / name)
-    for path in sorted((preset.folder / "run" / "model").iterdir()):
+        _copy(run / name, root / "runs" / preset.name / name)
+    for path in sorted((run / "model").iterdir()):
         _copy(path, root / "release" / path.name)
 
 
@@ -123,7 +134,7 @@ def summary(preset: Preset) -> str:
             f"stories      {data['read']:,} read, {sum(data['stories'].values()):,} kept {data['stories']}",
             f"dropped      {sum(dropped.values()):,} {dropped}",
             f"tokens       {tokens['tokens']['train']:,} at hand, {run['tokens']:,} trained on ({run['epochs']:.1f} epochs)",
-            f"parameters   {results['model']['parameters']}",
+            f"parameters   {parameter_counts(preset.model)['total']:,}",
             f"validation   {run['validation_bits_per_byte']:.3f} bits per byte ({run['validation_split']})",
             f"training     {run['seconds']:,.0f} s on {run['device']}, PyTorch {run['torch']}",
             f"a story      {story}",

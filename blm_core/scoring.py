@@ -1,6 +1,5 @@
 """How many bits a model needs for a story: the yardstick of training, evaluation and comparison."""
 
-import contextlib
 import math
 from collections.abc import Callable
 
@@ -8,13 +7,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def precision(device: torch.device, dtype: str):
-    """Autocast to bfloat16 on `device`, or nothing for float32."""
-    if dtype == "float32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 def windows(length: int, seq_len: int) -> list[tuple[int, int, int]]:

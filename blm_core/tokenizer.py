@@ -60,6 +60,19 @@ class Tokenizer:
     def piece(self, token: int) -> str:
         return self._pieces.id_to_piece(int(token))
 
+    def score(self, token: int) -> float:
+        return self._pieces.get_score(int(token))
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether the vocabulary is a BPE, whose scores are ranks, and not a unigram's, which are log-probabilities."""
+        return all(self.score(i).is_integer() for i in range(len(self)))
+
+    def is_normal(self, token: int) -> bool:
+        """Whether `token` was learned: no byte, no control symbol, no newline."""
+        special = (self._pieces.is_byte, self._pieces.is_control, self._pieces.is_unknown)
+        return not any(kind(int(token)) for kind in special) and self.piece(token) != "\n"
+
 
 def train(stories, path: Path, vocab_size: int, model_type: str = "bpe") -> Tokenizer:
     """Learn `vocab_size` pieces from an iterable of stories and write them to `path`.

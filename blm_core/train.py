@@ -1,18 +1,19 @@
 """The training loop.
 
 - bfloat16 autocast over float32 master weights, gradient accumulation, clipping, one process or many (DDP)
+- Whole stories in a window; a moving average of the weights is kept where asked for, and is then the model
 - Everything random in a step follows from (seed, step, rank), so a run continued from a checkpoint repeats itself
 - A run is a folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, and when it has finished `model/` and
   `summary.json`, by which it is found and not repeated
 """
 
 import contextlib
+import copy
 import json
 import math
 import os
 import platform
 import signal
-import subprocess
 import time
 import warnings
 from dataclasses import dataclass
@@ -23,24 +24,27 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from blm_core.batches import Batches
-from blm_core.checkpoint import load_state, save_model, save_state
+from blm_core.batches import NOT_SCORED, Batches
+from blm_core.checkpoint import llama_config, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.files import read_json, write_json, written_aside
+from blm_core.hardware import device_name, memory, mfu, power, precision, resolve_dtype
 from blm_core.model import LanguageModel, flops_per_token
-from blm_core.optimizer import learning_rate, make_optimizer
-from blm_core.scoring import bits_per_byte, precision, story_bits
+from blm_core.optimizer import learning_rate, make_optimizers
+from blm_core.scoring import bits_per_byte, story_bits
 from blm_core.shards import TokenStories
 from blm_core.tokenizer import Tokenizer
 
-# Dense bfloat16 FLOP/s that the makers state. MFU is given for these only.
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
 # What changes speed or display and not the result; a run may be continued with other values of these.
 FREE = ("micro_batch_size", "device", "compile", "checkpoint_minutes", "tensorboard", "wandb")
 
 
 class RunError(RuntimeError):
     """A run that cannot start, continue or go on."""
+
+
+class DivergedError(RunError):
+    """A run whose loss is no longer finite."""
 
 
 @dataclass(frozen=True)
@@ -73,19 +77,23 @@ def _processes(device: str):
             dist.destroy_process_group()
 
 
-def train(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path) -> dict:
+def train(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool = True) -> dict:
     """Train `preset`'s model on the encoded stories in `tokens`; returns the run's summary, made now or found.
 
-    Raises RunError where `folder` holds another configuration's run, or where the loss is not finite.
+    Without `keep_model` only the text files of the finished run stay: configuration, metrics and summary.
+    Raises RunError where `folder` holds another configuration's run, DivergedError where the loss is not finite, and
+    CheckpointError, before the first step, where the model is one that cannot be kept.
     """
     folder = Path(folder)
+    if keep_model:
+        llama_config(preset.model, tokenizer.eot)
     identity = _identity(preset, tokens, tokenizer)
     _claim(folder, identity)
     summary = read_json(folder / "summary.json")
     if summary:
         return summary
     with _processes(preset.train.device) as processes, _termination() as terminated:
-        return _run(preset, tokens, tokenizer, folder, processes, terminated)
+        return _run(preset, tokens, tokenizer, folder, keep_model, processes, terminated)
 
 
 def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
@@ -138,23 +146,34 @@ def _termination():
         signal.signal(signal.SIGTERM, before)
 
 
-def _run(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, here: Processes, terminated: list) -> dict:
+def _run(
+    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool, here: Processes, terminated: list
+) -> dict:
     config, device = preset.train, here.device
     if config.batch_size % (config.micro_batch_size * here.world_size):
         raise ConfigError(
             f"train.batch_size = {config.batch_size} cannot be shared by {here.world_size} processes with micro-batches of "
             f"{config.micro_batch_size} (train.micro_batch_size)."
         )
-    batches = Batches(TokenStories(tokens, "train"), preset.model.seq_len, config.batch_size, config.seed)
+    stories = TokenStories(tokens, "train")
+    batches = Batches(stories, preset.model.seq_len, config.batch_size, config.seed, config.max_stories)
     validation = _validation(tokens, tokenizer, config.eval_stories)
     model = LanguageModel(preset.model, config.seed).to(device).train()
-    optimizer = make_optimizer(model, config)
+    average = copy.deepcopy(model).requires_grad_(False) if config.weight_average else model
+    optimizers = make_optimizers(model, config)
     step, seconds, pending = 0, 0.0, []
+    if here.first:
+        for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
+            left.unlink()
     state = load_state(folder / "checkpoint.pt")
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        if average is not model:
+            average.load_state_dict(state["average"])
+        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(kept)
         step, seconds, pending = state["step"], state["seconds"], [tuple(pair) for pair in state["pending"]]
+    _require_same_step(step, folder, here)
     log = _Log(folder, step, config) if here.first else None
     loss_of = _compiled(model, preset, device) if config.compile else model
     if here.world_size > 1:
@@ -162,29 +181,33 @@ def _run(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, here:
 
     def save() -> None:
         if here.first:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            state = {
+                "model": model.state_dict(),
+                "average": average.state_dict() if average is not model else None,
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            }
             save_state(folder / "checkpoint.pt", state | {"step": step, "seconds": seconds, "pending": pending})
 
     bar = tqdm(total=config.steps, initial=step, desc=f"training {preset.name}", unit="step", disable=not here.first)
-    saved = logged = time.perf_counter()
-    logged_step = step
+    saved = logged = began = time.perf_counter()
+    logged_step, waited, stopping = step, 0.0, False
     data = batches.prefetched(range(step, config.steps), here.rank, here.world_size)
-    with contextlib.closing(data):
+    with contextlib.closing(data), contextlib.closing(bar), contextlib.closing(log) if log else contextlib.nullcontext():
         for batch in data:
-            began = time.perf_counter()
+            waited += time.perf_counter() - began
             torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + here.rank)  # dropout
             lr = learning_rate(step, config)
-            loss, norm = _step(loss_of, model, optimizer, batch, lr, config, here)
+            loss, norm = _step(loss_of, model, optimizers, batch, lr, config, here)
+            if average is not model:
+                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - config.weight_average)
             step += 1
             pending.append((loss, norm))
-            if step % config.log_every == 0 or step == config.steps or terminated:
+            at_log = step % config.log_every == 0 or step == config.steps
+            if at_log or (terminated and here.world_size == 1):
                 pending = [(float(a), float(b)) for a, b in pending]  # waits for the device
                 _require_finite(pending, step, preset, folder)
-                if here.world_size > 1:  # SIGTERM may have reached some processes only
-                    flag = torch.tensor([len(terminated)], device=device)
-                    dist.all_reduce(flag, dist.ReduceOp.MAX)
-                    terminated.extend([signal.SIGTERM] * (int(flag) > len(terminated)))
-            if step % config.log_every == 0 or step == config.steps:
+                stopping = _any(bool(terminated), here)  # SIGTERM reaches the processes at different steps
+            if at_log:
                 now = time.perf_counter()
                 rate = (step - logged_step) * preset.tokens_per_step / (now - logged)
                 mean_loss = sum(loss for loss, _ in pending) / len(pending)
@@ -196,81 +219,114 @@ def _run(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, here:
                         learning_rate=lr,
                         gradient_norm=pending[-1][1],
                         tokens_per_second=round(rate),
-                        mfu=_mfu(rate / here.world_size, preset, device),
-                        power_w=_power(device),
-                        memory_gb=_memory(device),
+                        data_share=round(waited / (now - logged), 4),
+                        mfu=mfu(rate * flops_per_token(preset.model) / here.world_size, device),
+                        power_w=power(device),
+                        memory_gb=memory(device),
                     )
                     bar.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_second=f"{rate:,.0f}")
-                pending, logged, logged_step = [], now, step
+                pending, logged, logged_step, waited = [], now, step, 0.0
             bar.update()
             if here.first and (step % config.eval_every == 0 or step == config.steps):
-                value, low, high = _validate(model, validation, config.dtype)
+                value, low, high = _validate(average, validation, config.dtype)
                 log.write(step=step, tokens=step * preset.tokens_per_step, validation_bits_per_byte=value, low=low, high=high)
                 model.train()
                 logged = time.perf_counter()
-            seconds += time.perf_counter() - began
             due = time.perf_counter() - saved > 60 * config.checkpoint_minutes and not pending
-            if due or terminated or step == config.steps:
+            seconds += time.perf_counter() - began
+            began = time.perf_counter()
+            if due or stopping or step == config.steps:
                 save()
                 saved = time.perf_counter()
-            if terminated and step < config.steps:
-                bar.close()
+            if stopping and step < config.steps:
                 raise SystemExit(f"stopped by SIGTERM after step {step}; {folder / 'checkpoint.pt'} continues from there.")
-    bar.close()
     summary = {}
     if here.first:
-        log.close()
-        save_model(folder / "model", model, tokenizer)
+        if keep_model:
+            save_model(folder / "model", average, tokenizer)
         training, evaluated = metrics(folder)
         summary = {
             "steps": step,
             "tokens": step * preset.tokens_per_step,
-            "epochs": step * preset.tokens_per_step / batches.tokens_per_epoch,
+            "epochs": step * config.batch_size / batches.windows_per_epoch,
+            "padding": round(batches.padding, 4),
             "seconds": round(seconds, 1),
             "loss": training[-1]["loss"],
             "validation_bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
             "validation_split": validation[2],
-            "device": _device_name(device),
+            "device": device_name(device),
+            "dtype": resolve_dtype(device, config.dtype),
             "processes": here.world_size,
             "torch": torch.__version__,
             "python": platform.python_version(),
         }
         write_json(folder / "summary.json", summary)
+        if not keep_model:
+            (folder / "checkpoint.pt").unlink()
     return summary
 
 
-def _step(loss_of, model, optimizer, batch, lr, config, here: Processes):
+def _require_same_step(step: int, folder: Path, here: Processes) -> None:
+    """Raises RunError where processes found different checkpoints, as on machines that do not share a disk."""
+    if here.world_size > 1:
+        first = torch.tensor([step], device=here.device)
+        dist.broadcast(first, 0)
+        if _any(int(first) != step, here):
+            raise RunError(
+                f"process {here.rank} found step {step} in {folder}, and not all others did: every process of a run has to "
+                "see the same folder. Put it on a disk that all machines share."
+            )
+
+
+def _any(flag: bool, here: Processes) -> bool:
+    """Whether `flag` is set in any process; all of them have to ask at the same step."""
+    if here.world_size == 1:
+        return flag
+    flags = torch.tensor([int(flag)], device=here.device)
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
     """One optimizer step over the micro-batches of `batch`; the mean loss and the gradient's norm, still on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    scored = (batch[:, 1] != NOT_SCORED).sum()
     if here.device.type == "cuda":
         batch = batch.pin_memory().to(here.device, non_blocking=True)
+        scored = scored.to(here.device, non_blocking=True)
+    if here.world_size > 1:
+        dist.all_reduce(scored)
     parts = batch.split(config.micro_batch_size)
     total = torch.zeros((), device=here.device)
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
         sync = contextlib.nullcontext() if last or here.world_size == 1 else loss_of.no_sync()
         with sync:
+            inputs, targets, stories = part.unbind(1)
             with precision(here.device, config.dtype):
-                loss = loss_of(part[:, :-1], part[:, 1:])
-            (loss / len(parts)).backward()
-        total += loss.detach() / len(parts)
+                loss = loss_of(inputs, targets, stories=stories if config.isolate_stories else None)
+            # The mean over all tokens of the step, however padding falls on micro-batches and processes.
+            loss = loss * (targets != NOT_SCORED).sum() / scored
+            (loss * here.world_size).backward()  # DDP averages gradients over the processes
+        total += loss.detach()
     if here.world_size > 1:
         dist.all_reduce(total)
-        total /= here.world_size
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     return total, norm
 
 
 def _compiled(model: LanguageModel, preset: Preset, device: torch.device):
     """The compiled model, tried on one sequence; where there is no working compiler, the model and a warning."""
-    compiled = torch.compile(model)
     tokens = torch.zeros(preset.train.micro_batch_size, preset.model.seq_len, dtype=torch.int64, device=device)
     try:
+        compiled = torch.compile(model)
         with precision(device, preset.train.dtype):
-            compiled(tokens, tokens).backward()
+            compiled(tokens, tokens, stories=tokens if preset.train.isolate_stories else None).backward()
     except Exception as error:  # a missing compiler shows as one of many kinds
         warnings.warn(f"torch.compile does not work here, training goes on without it: {error}"[:500], stacklevel=2)
         compiled = model
@@ -283,10 +339,10 @@ def _require_finite(pending: list[tuple[float, float]], step: int, preset: Prese
         if not (math.isfinite(loss) and math.isfinite(norm)):
             bad = step - len(pending) + i
             kept = folder / "checkpoint.pt"
-            raise RunError(
+            raise DivergedError(
                 f"loss {loss} and gradient norm {norm} in step {bad + 1} at learning rate "
-                f"{learning_rate(bad, preset.train):.2e}; last good checkpoint: {kept if kept.exists() else 'none yet'}. Lower train.learning_rate or raise "
-                "train.warmup_steps."
+                f"{learning_rate(bad, preset.train):.2e}; last good checkpoint: {kept if kept.exists() else 'none yet'}. "
+                "Lower train.learning_rate or raise train.warmup_steps."
             )
 
 
@@ -320,11 +376,13 @@ class _Log:
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._board = self._wandb = None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with _needed("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
         if config.wandb:
-            import wandb
+            with _needed("wandb"):
+                import wandb
 
             self._wandb = wandb.init(project="blm", dir=str(folder), name=folder.name, resume="allow", id=folder.name)
 
@@ -345,41 +403,12 @@ class _Log:
             self._wandb.finish()
 
 
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    names = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _mfu(tokens_per_second: float, preset: Preset, device: torch.device) -> float | None:
-    """Model FLOPs utilisation of one device, None where the peak is not known."""
-    name = _device_name(device) if device.type == "cuda" else ""
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    return round(tokens_per_second * flops_per_token(preset.model) / peak, 4) if peak else None
-
-
-def _power(device: torch.device) -> float | None:
-    """Watts that the GPU draws now, None where there is no GPU or no nvidia-smi."""
-    if device.type != "cuda":
-        return None
-    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+@contextlib.contextmanager
+def _needed(package: str):
+    """Raises RunError that names `package` where an import in the block fails."""
     try:
-        return float(subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
-def _memory(device: torch.device) -> float | None:
-    """Peak memory in GB (10^9 bytes): allocated on the GPU, or resident in this process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
-    peak = [line.split()[1] for line in _read("/proc/self/status").splitlines() if line.startswith("VmHWM")]
-    return round(int(peak[0]) * 1024 / 1e9, 2) if peak else None
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+        yield
+    except ImportError as error:
+        raise RunError(
+            f"train.{package}=true cannot be followed: {error}. Install the package {package}, or leave the setting out."
+        ) from error

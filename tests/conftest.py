@@ -9,12 +9,19 @@ from blm_core.config import ModelConfig, Preset
 from blm_core.tokenizer import Tokenizer
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_environment(tmp_path_factory):
+    """No test sees the caller's settings, and none writes outside this session's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("BLM_")]:
+            patch.delenv(name)
+        patch.setenv("BLM_BUILD", str(tmp_path_factory.mktemp("build")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory) -> Preset:
-    """The preset `smoke` with its stories, vocabulary and tokens made below a folder of this test session."""
-    for name in ("BLM_PRESET", "BLM_OVERRIDES", "BLM_ARCHIVE", "BLM_VALIDATION"):
-        os.environ.pop(name, None)
-    os.environ["BLM_BUILD"] = str(tmp_path_factory.mktemp("build"))
+def smoke(own_environment) -> Preset:
+    """The preset `smoke` with its stories, vocabulary and tokens made."""
     preset = config.load("smoke")
     pipeline.tokens(preset)
     return preset

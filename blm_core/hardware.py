@@ -1,0 +1,74 @@
+"""What the machine is and what it does: precision, speed, power and memory."""
+
+import contextlib
+import os
+import platform
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+# Dense bfloat16 FLOP/s that the makers state. MFU is given for these only.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+@lru_cache
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether `device` multiplies bfloat16 matrices in hardware; where it does not, they are many times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    flags = _read("/proc/cpuinfo")
+    return device.type == "cpu" and ("amx_bf16" in flags or "avx512_bf16" in flags)
+
+
+def resolve_dtype(device: torch.device, dtype: str) -> str:
+    """`dtype` itself, or for "auto" bfloat16 where it is fast and float32 elsewhere."""
+    return dtype if dtype != "auto" else "bfloat16" if fast_bfloat16(device) else "float32"
+
+
+def precision(device: torch.device, dtype: str):
+    """Autocast to bfloat16 on `device`, or nothing for float32."""
+    if resolve_dtype(device, dtype) == "float32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    names = [line.split(":")[1].strip() for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def mfu(flops_per_second: float, device: torch.device) -> float | None:
+    """Model FLOPs utilisation of one device, None where the peak is not known."""
+    name = device_name(device) if device.type == "cuda" else ""
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    return round(flops_per_second / peak, 4) if peak else None
+
+
+def power(device: torch.device) -> float | None:
+    """Watts that the GPU draws now, None where there is no GPU or no nvidia-smi."""
+    if device.type != "cuda":
+        return None
+    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+
+
+def memory(device: torch.device) -> float | None:
+    """Peak memory in GB (10^9 bytes): allocated on the GPU, or resident in this process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
+    peak = [line.split()[1] for line in _read("/proc/self/status").splitlines() if line.startswith("VmHWM")]
+    return round(int(peak[0]) * 1024 / 1e9, 2) if peak else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

@@ -1,0 +1,332 @@
+"""Inside the model: where its heads look, which neurons answer to what, what its layers would already say.
+
+- The model runs as it is and is read through hooks, one story at a time
+- Heads are chosen by what they look at, after TinyStories (Eldan and Li 2023, section 5)
+- Neurons are ranked by how well their activation alone tells a class of tokens from the rest
+- Logit lens: the final norm and the output embedding, applied to the residual stream after every layer (nostalgebraist 2020)
+- Heads and neurons are chosen on some stories and reported on others, so that the choice does not flatter them
+
+Shapes: T tokens, C d_model, V vocabulary, L layers, H query heads, F d_ff, S stories, N tokens of all stories.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from blm_core.bootstrap import LEVEL, RESAMPLES, Interval, ratio_interval
+from blm_core.model import LanguageModel, rotate
+from blm_core.tokenizer import SPACE_MARK, Tokenizer
+
+DISTANCES = 16
+OUTSIDE = 4096  # tokens outside a class, spread over the stories, are enough to choose neurons by
+CLASSES = ("names", "places", "speech")
+NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+")  # capitalised where no sentence begins
+WORD = re.compile(r"[A-Za-z]+")
+QUOTE = re.compile('"')
+SPEECH = re.compile(r'"[^"\n]*"')
+BYTE = re.compile("<0x([0-9A-F]{2})>")
+PLACE = re.compile(
+    r"(?i)\b(?:attic|bakery|barn|beach|bedroom|bridge|cabin|castle|cave|church|city|classroom|cottage|desert|farm|field|forest"
+    r"|garage|garden|hall|harbor|hill|home|hospital|house|island|jungle|kitchen|lake|library|market|meadow|mountain|museum"
+    r"|ocean|park|path|playground|pond|pool|river|road|room|school|sea|shed|shop|stable|store|street|tower|town|village|woods"
+    r"|yard|zoo)(?:e?s)?\b"
+)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A text as the model reads it, `<|endoftext|>` first. Arrays are (T,); -1 says that a token belongs to none."""
+
+    tokens: np.ndarray
+    pieces: list[str]
+    word: np.ndarray  # number of the word
+    name: np.ndarray  # number of the name, the same wherever it occurs
+    place: np.ndarray
+    quote: np.ndarray  # 0 for quotation marks
+    opener: np.ndarray  # for tokens of speech, the position of the mark that opened it
+
+    def members(self, token_class: str) -> np.ndarray:
+        """Which tokens belong to a class of CLASSES, (T,) of bool."""
+        return {"names": self.name, "places": self.place, "speech": self.opener}[token_class] >= 0
+
+
+def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
+    byte = BYTE.fullmatch(piece := tokenizer.piece(token))
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE_MARK, " ").encode()
+
+
+def shown(tokenizer: Tokenizer, token: int) -> str:
+    """A token on its own, for a picture: a word's beginning bare, its continuation behind a hyphen."""
+    if token == tokenizer.eot:
+        return "(end)"
+    piece = _bytes(tokenizer, token).decode(errors="replace").replace("\n", "(newline)")
+    return piece.strip() or "(space)" if piece.startswith(" ") or not piece[:1].isalpha() else f"-{piece}"
+
+
+def read(tokenizer: Tokenizer, text: str, seq_len: int) -> Reading:
+    """The first `seq_len` tokens of `text` and what plain rules say of them.
+
+    A name is any capitalised word that stands somewhere in the text where no sentence begins; a place is a word of PLACE or its
+    plural; speech is what stands between two quotation marks of one paragraph.
+    """
+    tokens = np.array([tokenizer.eot, *tokenizer.encode(text)][:seq_len])
+    raw = [b"", *(_bytes(tokenizer, token) for token in tokens[1:])]
+    ends = np.cumsum([len(piece) for piece in raw])
+    at = np.cumsum([0, *(len(character.encode()) for character in text)])  # first byte of every character
+    labels = np.full((5, at[-1]), -1)  # of every byte: word, name, place, quotation mark, first byte of the speech
+    names = {found: number for number, found in enumerate(sorted(set(NAME.findall(text))))}
+    for number, match in enumerate(WORD.finditer(text)):
+        labels[:2, at[match.start()] : at[match.end()]] = [[number], [names.get(match[0], -1)]]
+    for row, pattern in ((2, PLACE), (3, QUOTE)):
+        for match in pattern.finditer(text):
+            labels[row, at[match.start()] : at[match.end()]] = 0
+    for match in SPEECH.finditer(text):
+        labels[4, at[match.start() + 1] : at[match.end() - 1]] = at[match.start()]
+    word, name, place, quote, speech = np.array(
+        [labels[:, end - len(piece) : end].max(1, initial=-1) for piece, end in zip(raw, ends, strict=True)]
+    ).T
+    opener = np.where(speech >= 0, np.searchsorted(ends, speech, side="right"), -1)
+    return Reading(tokens, [piece.decode(errors="replace") for piece in raw], word, name, place, quote, opener)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What passed through the model on one text."""
+
+    attention: Tensor  # (L, H, T, T), query position, key position
+    hidden: Tensor  # (L, T, F), input of `down_proj`: the neurons
+    residual: Tensor  # (L + 1, T, C), the embedding first
+
+
+@torch.no_grad()
+def trace(model: LanguageModel, tokens: np.ndarray) -> Trace:
+    """Run `model` on tokens (T,) and keep what is inside. Attention is computed anew from queries and keys."""
+    T, config, kept = len(tokens), model.config, {}
+
+    def keep(name: str, of_input: bool = False) -> Callable:
+        def hook(_module, inputs, output):
+            kept.setdefault(name, []).append((inputs[0] if of_input else output)[0])
+
+        return hook
+
+    layers = model.model["layers"]
+    hooks = [layers[0].register_forward_hook(keep("residual", of_input=True))]
+    for block in layers:
+        hooks += [
+            block.self_attn.q_proj.register_forward_hook(keep("q")),
+            block.self_attn.k_proj.register_forward_hook(keep("k")),
+            block.mlp.down_proj.register_forward_hook(keep("hidden", of_input=True)),
+            block.register_forward_hook(keep("residual")),
+        ]
+    try:
+        model(torch.from_numpy(tokens.astype(np.int64))[None].to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    q, k = (torch.stack(kept[name]).unflatten(-1, (-1, config.d_head)).transpose(1, 2) for name in "qk")  # (L, H or K, T, D)
+    if config.position == "rope":
+        q, k = rotate(q, model.cos[:T], model.sin[:T]), rotate(k, model.cos[:T], model.sin[:T])
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2) / config.d_head**0.5
+    future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
+    attention = scores.masked_fill(future, -torch.inf).softmax(-1)
+    return Trace(attention, torch.stack(kept["hidden"]), torch.stack(kept["residual"]))
+
+
+def looks(reading: Reading) -> dict[str, np.ndarray]:
+    """What there is to look at: by kind, for every query (row) the keys (column) that count, (T, T) of bool.
+
+    All but "the token itself" are earlier than the query; names count only where they are another word than its own.
+    """
+    r, T = reading, len(reading.tokens)
+    query, key = np.arange(T)[:, None], np.arange(T)[None]
+    before, same = key < query, r.tokens[:, None] == r.tokens
+    is_name, elsewhere = r.name >= 0, before & (r.word[:, None] != r.word)
+    return {
+        "the start token": before & (key == 0),
+        "the token itself": (key == query) & (query > 0),
+        "the token before": key == query - 1,
+        "the same token, earlier": before & same,
+        "what followed the same token": before & np.roll(same, 1, axis=1) & (key > 0),
+        "names": elsewhere & is_name,
+        "the same name, earlier": elsewhere & is_name & (r.name[:, None] == r.name),
+        "quotation marks": before & (r.quote == 0),
+        "the mark that opened the speech": key == r.opener[:, None],
+    }
+
+
+def lens(model: LanguageModel, residual: Tensor) -> Tensor:
+    """What the output layer makes of each state of the residual stream (L + 1, T, C): log-probabilities (L + 1, T, V)."""
+    with torch.no_grad():
+        return F.linear(model.model["norm"](residual), model.model["embed_tokens"].weight).float().log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Sums over every story, and the neurons at every token."""
+
+    kinds: tuple[str, ...]
+    looked: np.ndarray  # (S, kinds, L, H), attention to the keys of a kind, summed over the queries that have any
+    evenly: np.ndarray  # (S, kinds), the same for a head that looks at all tokens alike
+    queries: np.ndarray  # (S, kinds)
+    distance: np.ndarray  # (S, L, H, 16), attention to the token so far back, summed
+    distance_queries: np.ndarray  # (S, 16)
+    lens: np.ndarray  # (S, 3, L + 1): final choice foretold, log-probability and rank of the true next token, summed
+    predicted: np.ndarray  # (S,), tokens
+    tokens: np.ndarray  # (N,)
+    story: np.ndarray  # (N,)
+    members: dict[str, np.ndarray]  # by class (N,) of bool
+    hidden: list[Tensor]  # (L, T, F) of every story, in half precision
+
+
+def survey(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> Survey:
+    """Read each story once, up to the model's context. Raises ValueError where there is no story."""
+    if not stories:
+        raise ValueError("there is no story to read.")
+    rows, readings, hidden = [], [], []
+    for text in tqdm(stories, desc="reading", unit="story"):
+        reading = read(tokenizer, text, model.config.seq_len)
+        seen = trace(model, reading.tokens)
+        attention, T = seen.attention.cpu(), len(reading.tokens)
+        kinds = looks(reading)
+        masks = torch.from_numpy(np.stack(list(kinds.values())))  # (kinds, T, T)
+        looked = torch.einsum("lhqk,nqk->nlh", attention, masks.float())
+        evenly = (masks.sum(-1) / torch.arange(1, T + 1)).sum(-1)
+        back = range(min(DISTANCES, T))
+        distance = torch.zeros(*attention.shape[:2], DISTANCES)
+        distance[..., : len(back)] = torch.stack([attention.diagonal(-d, -2, -1).sum(-1) for d in back], dim=-1)
+        said = lens(model, seen.residual[:, :-1]).cpu()  # (L + 1, T - 1, V)
+        true = said.gather(-1, torch.from_numpy(reading.tokens[1:]).expand(len(said), -1)[..., None])
+        foretold = said.argmax(-1) == said[-1].argmax(-1)
+        sums = torch.stack([foretold.float().sum(-1), true.sum((-1, -2)), ((said > true).count_nonzero(dim=-1) + 1.0).sum(-1)])
+        queries, far = masks.any(-1).sum(-1), (T - np.arange(DISTANCES)).clip(0)
+        rows.append((looked.numpy(), evenly.numpy(), queries.numpy(), distance.numpy(), far, sums.numpy(), T - 1))
+        readings.append(reading)
+        hidden.append(seen.hidden.half().cpu())
+    return Survey(
+        tuple(kinds),
+        *(np.stack(column) for column in zip(*rows, strict=True)),
+        tokens=np.concatenate([r.tokens for r in readings]),
+        story=np.repeat(np.arange(len(stories)), [len(r.tokens) for r in readings]),
+        members={name: np.concatenate([r.members(name) for r in readings]) for name in CLASSES},
+        hidden=hidden,
+    )
+
+
+def strongest_head(found: Survey, kind: str, chosen_on: slice, reported_on: slice) -> tuple[int, int, Interval, float]:
+    """Layer and head that look most at a kind in some of the stories, and how they do in others.
+
+    That is the mean attention to the kind, over the tokens that have any to look at, and what it would be if attention were
+    spread evenly over all tokens. Raises ValueError where none of the stories reported on has such a token.
+    """
+    n = found.kinds.index(kind)
+    total = found.looked[chosen_on, n].sum(0)  # (L, H)
+    layer, head = (int(i) for i in np.unravel_index(total.argmax(), total.shape))
+    queries = found.queries[reported_on, n]
+    value = ratio_interval(found.looked[reported_on, n, layer, head], queries)
+    return layer, head, value, float(found.evenly[reported_on, n].sum() / queries.sum())
+
+
+def auc(values: Tensor, member: Tensor) -> Tensor:
+    """Chance that a token of the class has the higher value than one outside it, a tie counting half.
+
+    `values` (N, F), `member` (N,) of bool; (F,). Raises ValueError where all tokens are of one side.
+    """
+    inside, outside = values[member].T.contiguous(), values[~member].T.contiguous().sort(-1).values
+    if not inside.shape[1] or not outside.shape[1]:
+        raise ValueError(f"{int(member.sum())} of {len(member)} tokens belong to the class: nothing can be told apart.")
+    wins = torch.searchsorted(outside, inside) + torch.searchsorted(outside, inside, right=True)
+    return wins.double().mean(-1) / 2 / outside.shape[1]
+
+
+def auc_interval(values: np.ndarray, member: np.ndarray, story: np.ndarray, resamples=RESAMPLES, seed: int = 0) -> Interval:
+    """The same for one value per token, all (N,), with its bootstrap interval over stories."""
+    value = float(auc(torch.from_numpy(values)[:, None], torch.from_numpy(member)))
+    _, story = np.unique(story, return_inverse=True)
+    S = int(story.max()) + 1
+    order = np.argsort(values[~member], kind="stable")
+    outside, owners = values[~member][order], story[~member][order]
+    below = np.zeros((len(outside) + 1, S))  # how many tokens outside the class, by story, are among the n lowest
+    below[np.arange(len(outside)) + 1, owners] = 1
+    below = below.cumsum(0)
+    inside = values[member]
+    wins = (below[np.searchsorted(outside, inside)] + below[np.searchsorted(outside, inside, side="right")]) / 2
+    pairs = np.zeros((S, S))  # won by tokens of one story (row) over those of another (column)
+    np.add.at(pairs, story[member], wins)
+    drawn = np.random.default_rng(seed).multinomial(S, np.full(S, 1 / S), size=resamples)  # (resamples, S)
+    possible = (drawn @ np.bincount(story[member], minlength=S)) * (drawn @ np.bincount(owners, minlength=S))
+    figures = ((drawn @ pairs) * drawn).sum(1)[possible > 0] / possible[possible > 0]
+    return Interval(value, *map(float, np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])))
+
+
+def _of(found: Survey, stories: slice) -> np.ndarray:
+    """Which tokens belong to some of the stories, (N,) of bool."""
+    return np.isin(found.story, np.arange(len(found.hidden))[stories])
+
+
+def clearest_neurons(
+    found: Survey, token_class: str, chosen_on: slice, reported_on: slice, top: int
+) -> list[tuple[int, int, int, Interval]]:
+    """(layer, neuron, sign, how well it tells the class from the rest) of the neurons that do so best.
+
+    Neurons and signs are chosen on some stories, the figure comes from others. The sign of a gated neuron is arbitrary (it
+    may change in `up_proj` and `down_proj` at once): -1 says that it answers by falling.
+    """
+    member = found.members[token_class][_of(found, chosen_on)]
+    used = member | (np.arange(len(member)) % max(1, (~member).sum() // OUTSIDE) == 0)
+    used, member = torch.from_numpy(used), torch.from_numpy(member[used])
+    layers = range(len(found.hidden[0]))
+    scores = torch.stack([auc(torch.cat([h[n] for h in found.hidden[chosen_on]])[used].float(), member) for n in layers])
+    best, others = [], _of(found, reported_on)
+    for i in (scores - 0.5).abs().flatten().topk(top).indices.tolist():  # scores (L, F)
+        layer, neuron = divmod(i, scores.shape[1])
+        sign = 1 if scores[layer, neuron] > 0.5 else -1
+        values = sign * torch.cat([h[layer, :, neuron] for h in found.hidden[reported_on]]).float().numpy()
+        interval = auc_interval(values, found.members[token_class][others], found.story[others])
+        best.append((layer, neuron, sign, interval))
+    return best
+
+
+def spelling(found: Survey, token_class: str, learned_on: slice, reported_on: slice) -> Interval:
+    """The same for a rule without a model: how often a token was of the class in the stories learned from."""
+    first, others, member = _of(found, learned_on), _of(found, reported_on), found.members[token_class]
+    size = int(found.tokens.max()) + 1
+    share = np.bincount(found.tokens[first], member[first], size) / np.bincount(found.tokens[first], minlength=size).clip(1)
+    return auc_interval(share[found.tokens[others]], member[others], found.story[others])
+
+
+def draw_tokens(ax, pieces: list[str], shades: np.ndarray, width: int = 84, underlined: int | None = None) -> None:
+    """Write a text on matplotlib's `ax`, `width` characters a line, each token on its shade between 0 and 1."""
+    starts, line, column = [], 0, 0
+    text = "".join(pieces)
+    at = np.cumsum([0, *map(len, pieces)])
+    for i, piece in enumerate(pieces):
+        rest = re.match(r"\s?[^\s]*", text[at[i] :])[0]  # to the end of the word
+        if piece.startswith("\n") or (column + len(rest) > width and piece.startswith(" ")):
+            line, column = line + 1, -1  # the space or newline itself falls off the edge
+        starts.append((line, column))
+        column += len(piece)
+    grid = np.zeros((line + 1, width))
+    for (row, first), piece, shade in zip(starts, pieces, shades, strict=True):
+        grid[row, max(first, 0) : first + len(piece)] = shade
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, width, line + 1, 0))
+    for i, ((row, first), piece, shade) in enumerate(zip(starts, pieces, shades, strict=True)):
+        style = {"color": "white" if shade > 0.6 else "black", "weight": "bold" if i == underlined else "normal"}
+        ax.text(
+            max(first, 0),
+            row + 0.5,
+            piece[first < 0 :],
+            family="monospace",
+            fontsize=8.5,
+            va="center",
+            parse_math=False,
+            **style,
+        )
+        if i == underlined:
+            ax.plot([max(first, 0), first + len(piece)], [row + 0.95] * 2, color="C1", linewidth=2, linestyle="-")
+    ax.axis("off")

@@ -1,0 +1,177 @@
+"""Cleaning: what is repaired, what is dropped and why, and by what a story is known."""
+
+# ruff: noqa: RUF001 (characters that are easily confused are the matter here)
+
+import hashlib
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blm_core import clean
+
+STORY = "A mole dug a tunnel under the road. It came up in a garden full of carrots, and there it stayed until the snow fell."
+TYPOGRAPHIC = "‘’‚“”„–—…éèñüçïÀÅ"
+
+
+def misread(text: str) -> str:
+    """UTF-8 taken for Windows-1252, by a reader that passes the five bytes without a meaning through."""
+    return "".join(bytes([b]).decode("cp1252") if b not in b"\x81\x8d\x8f\x90\x9d" else chr(b) for b in text.encode())
+
+
+def normalised(text: str) -> str:
+    return clean.normalise(text)[0]
+
+
+@pytest.mark.parametrize("character", TYPOGRAPHIC)
+def test_a_misread_character_ends_as_the_character_itself_would(character):
+    assert normalised(f"So {misread(character)} it was.") == normalised(f"So {character} it was.")
+    assert normalised(f"So {misread(character)} it was.").isascii()
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=TYPOGRAPHIC + "ab .,!\n", max_size=40))
+def test_a_text_that_was_misread_as_a_whole_is_repaired_as_a_whole(text):
+    assert normalised(misread(text)) == clean.tidy_white_space(clean.fold(text))
+
+
+def test_a_closing_quote_that_lost_its_last_byte_is_still_a_quote():
+    assert normalised("â€œCome in!â€ said the owl. â€œSit.â€") == '"Come in!" said the owl. "Sit."'
+
+
+def test_right_accents_are_not_taken_for_mojibake():
+    assert clean.normalise("The café of Mrs. Brûlé.") == ("The cafe of Mrs. Brule.", ["characters folded to ASCII"])
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ("‘It’s’ ‚low‛ ′ ´ `", "'It's' 'low' ' ' '"),
+        ("“Hi” „low‟ «far» ″", '"Hi" "low" "far" "'),
+        ("well‐known ‑ ‒ −", "well-known - - -"),
+        ("far—away – and ― on", "far - away - and - on"),
+        ("so …", "so ..."),
+        ("in\u200bvis\u00adible\ufeff", "invisible"),
+        ("ﬁne Ａ ½", "fine A 1/2"),
+        ("a small﹘dash", "a small - dash"),  # decomposes into a dash
+        ("日本 naïve", "日本 naive"),
+    ],
+)
+def test_typography_is_folded_and_other_scripts_are_left_alone(found, wanted):
+    assert clean.fold(found) == wanted
+
+
+def test_a_backtick_is_folded_whatever_else_the_story_holds():
+    assert clean.fold("`yes`") == "'yes'"
+    assert clean.fold("`yes` é") == "'yes' e"
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ("  one \t two\u00a0three\u2003 ", "one two three"),
+        ("one\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("one\n\n \n\ntwo\n", "one\ntwo"),
+        ("one\x0btwo\u2028three", "one two three"),
+        (" \n\t\n ", ""),
+    ],
+)
+def test_white_space_is_one_space_or_one_newline(found, wanted):
+    assert clean.tidy_white_space(found) == wanted
+
+
+def test_the_repairs_that_changed_something_are_named_and_no_others():
+    assert clean.normalise(STORY) == (STORY, [])
+    assert clean.normalise("Donâ€™t  go—now.")[1] == list(clean.REPAIRS)
+    assert clean.normalise("Go  now.")[1] == ["white space tidied"]
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_folding_and_tidying_a_second_time_change_nothing(text):
+    assert clean.fold(clean.fold(text)) == clean.fold(text)
+    assert clean.tidy_white_space(clean.tidy_white_space(text)) == clean.tidy_white_space(text)
+
+
+@settings(deadline=None)
+@given(
+    st.text(alphabet=st.sampled_from(TYPOGRAPHIC + "`´ \t\n\r\u00a0\u200b﹘½â€œ™ÃÂ©.ab")) | st.text(), st.sampled_from(".!?")
+)
+def test_what_is_kept_is_printable_ascii_that_no_second_cleaning_changes(text, end):
+    story, _ = clean.normalise(text + end)
+    if clean.reason_to_drop(story, 1) is None:
+        assert re.fullmatch(r"[\x21-\x7e]+([ \n][\x21-\x7e]+)*", story)
+        assert clean.normalise(story) == (story, [])
+
+
+@pytest.mark.parametrize(
+    ("story", "reason"),
+    [
+        (STORY, None),
+        ("", "empty"),
+        ("\u200b \n\u00a0", "empty"),
+        ("The mole slept. The end.", "too short"),
+        (STORY[:-1], "cut off"),
+        (STORY + " Then", "cut off"),
+        (STORY + "\x00", "foreign characters"),
+        (STORY.replace("mole", "крот"), "foreign characters"),
+        (STORY.replace("carrots", "carrots 🥕"), "foreign characters"),
+        (STORY.replace("carrots", "carrots\ud83e"), "foreign characters"),
+        ("鼠", "foreign characters"),
+    ],
+)
+def test_a_story_is_dropped_for_the_reason_that_fits(story, reason):
+    assert clean.reason_to_drop(normalised(story), 100) == reason
+
+
+@pytest.mark.parametrize("end", [".", "!", "?", '."', "!'", '?")', "..."])
+def test_a_story_may_end_in_any_closing_punctuation(end):
+    assert clean.reason_to_drop("x" * 100 + end, 100) is None
+
+
+@pytest.mark.parametrize("end", ["", ",", ":", '"', ")", ". And", ".-", ';"'])
+def test_a_story_that_ends_otherwise_is_cut_off(end):
+    assert clean.reason_to_drop("x" * 100 + end, 100) == "cut off"
+
+
+def test_the_shortest_story_that_is_kept_has_exactly_the_characters_asked_for():
+    assert clean.reason_to_drop("x" * 99 + ".", 100) is None
+    assert clean.reason_to_drop("x" * 98 + ".", 100) == "too short"
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_every_reason_is_one_of_those_that_are_counted(text):
+    assert clean.reason_to_drop(normalised(text), 5) in (None, *clean.DROPS)
+
+
+WORDS = st.lists(st.from_regex(r"[a-z0-9]{1,6}('[a-z]{1,2})?", fullmatch=True), min_size=1, max_size=12)
+GAPS = st.text(alphabet=' \n\t.,!?;:-"()', min_size=1, max_size=4)
+
+
+@settings(deadline=None)
+@given(WORDS, st.data())
+def test_a_story_is_known_by_its_words_whatever_its_case_punctuation_and_white_space(words, data):
+    gaps = data.draw(st.lists(GAPS, min_size=len(words) + 1, max_size=len(words) + 1))
+    upper = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
+    told = "".join(gap + (word.upper() if up else word) for gap, word, up in zip(gaps, words, upper, strict=False)) + gaps[-1]
+    assert clean.words(told) == words
+    assert clean.story_key(told) == clean.story_key(" ".join(words))
+
+
+def test_other_words_and_another_order_are_another_story():
+    told = ["a cat sat", "a cat sits", "sat a cat", "a cat", "acat sat", "a cat sat a"]
+    assert len({clean.story_key(story) for story in told}) == len(told)
+
+
+def test_the_key_is_the_beginning_of_a_sha256_so_that_every_machine_agrees():
+    assert f"{clean.story_key('The END!'):016x}" == hashlib.sha256(b"the end").hexdigest()[:16]
+
+
+def test_the_share_asked_for_is_held_out_and_a_larger_share_only_adds_to_it():
+    keys = [clean.story_key(f"story {i}") for i in range(20_000)]
+    small, large = ({key for key in keys if clean.is_held_out(key, share)} for share in (0.01, 0.1))
+    assert len(small) == pytest.approx(200, abs=60)  # four standard deviations
+    assert len(large) == pytest.approx(2000, abs=180)
+    assert small < large

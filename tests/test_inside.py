@@ -1,0 +1,313 @@
+"""What is read inside the model is what the model really did, and the figures made of it are right."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+
+from blm_core import data, inside
+from blm_core.config import ModelConfig
+from blm_core.inside import CLASSES, DISTANCES, Survey
+from blm_core.model import LanguageModel
+
+STORY = (
+    'Ottilie ran to the two ponds. "Where is the frog?" she asked Bertil. Bertil did not know. They sat by the school, '
+    "and Ottilie sang. I think The frog heard it.\n"
+    'Then they went home. "Good frog," said Ottilie.'
+)
+FIRST, SECOND = slice(0, None, 2), slice(1, None, 2)
+VARIANTS = [{}, {"position": "learned", "norm": "layer", "feed_forward": "gelu"}, {"n_kv_heads": 4}]
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> LanguageModel:
+    config = ModelConfig(
+        vocab_size=len(tokenizer), n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=160, init_std=0.3
+    )
+    return LanguageModel(config, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def stories(smoke) -> list[str]:
+    return list(data.read_split(smoke.folder / "data", "validation"))[:6]
+
+
+def tokens_of(config: ModelConfig, n: int = 20) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, config.vocab_size, n)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=["llama", "gpt2", "one-key-per-query"])
+def test_recomputed_attention_gives_what_the_model_s_own_attention_gave(tiny, variant):
+    model = LanguageModel(dataclasses.replace(tiny, init_std=0.3, **variant), seed=2).eval()
+    values, mixed = [], []
+    for block in model.model["layers"]:
+        block.self_attn.v_proj.register_forward_hook(lambda module, inputs, output: values.append(output[0]))
+        block.self_attn.o_proj.register_forward_hook(lambda module, inputs, output: mixed.append(inputs[0][0]))
+    attention = inside.trace(model, tokens_of(model.config)).attention
+    assert attention.shape == (2, 4, 20, 20)
+    for layer in range(2):
+        v = values[layer].unflatten(-1, (-1, model.config.d_head)).transpose(0, 1)  # (K, T, D)
+        v = v.repeat_interleave(4 // len(v), dim=0)
+        torch.testing.assert_close((attention[layer] @ v).transpose(0, 1).flatten(1), mixed[layer], atol=1e-5, rtol=1e-4)
+
+
+def test_attention_adds_up_to_one_over_the_past_and_is_zero_over_the_future(model):
+    attention = inside.trace(model, tokens_of(model.config)).attention
+    torch.testing.assert_close(attention.sum(-1), torch.ones(2, 4, 20))
+    assert not attention.triu(1).any()
+    assert attention.std() > 0.1  # not uniform, or the two statements above would say little
+
+
+def test_hidden_layer_and_residual_stream_are_those_of_the_blocks(model):
+    seen = inside.trace(model, tokens_of(model.config))
+    with torch.no_grad():
+        for layer, block in enumerate(model.model["layers"]):
+            hidden = seen.hidden[layer]
+            between = block.post_attention_layernorm(seen.residual[layer + 1] - block.mlp.down_proj(hidden))
+            expected = F.silu(block.mlp.gate_proj(between)) * block.mlp.up_proj(between)
+            torch.testing.assert_close(hidden, expected, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(seen.residual[0], model.model["embed_tokens"].weight[tokens_of(model.config)])
+
+
+def test_lens_after_the_last_layer_is_the_model_s_own_answer(model):
+    tokens = tokens_of(model.config)
+    said = inside.lens(model, inside.trace(model, tokens).residual)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens)[None])[0].log_softmax(-1)
+    torch.testing.assert_close(said[-1], expected, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(said[-2], expected, atol=0.1)
+
+
+def test_looking_inside_leaves_no_hook_behind_even_after_an_error(tiny):
+    model = LanguageModel(tiny, seed=1).eval()
+    inside.trace(model, tokens_of(tiny))
+    with pytest.raises(ValueError, match="context"):
+        inside.trace(model, tokens_of(tiny, tiny.seq_len + 1))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("text", [STORY, "A café, \u2581 and ✨.", " two  spaces\n\n and lines\n"])
+def test_pieces_of_a_reading_join_to_the_text(tokenizer, text):
+    reading = inside.read(tokenizer, text, seq_len=10_000)
+    assert reading.tokens[0] == tokenizer.eot
+    assert len({len(column) for column in (reading.tokens, reading.pieces, reading.word, reading.name, reading.opener)}) == 1
+    if text.isascii():
+        assert "".join(reading.pieces) == text
+    assert len(inside.read(tokenizer, text, seq_len=5).pieces) == 5
+
+
+def words_with(reading, member: np.ndarray) -> list[str]:
+    """The words that the chosen tokens are part of, each whole."""
+    chosen = dict.fromkeys(reading.word[member & (reading.word >= 0)])
+    return ["".join(p for p, w in zip(reading.pieces, reading.word, strict=True) if w == word).strip() for word in chosen]
+
+
+def test_names_places_and_speech_are_found_by_the_rules(tokenizer):
+    reading = inside.read(tokenizer, STORY, seq_len=10_000)
+    names = words_with(reading, reading.members("names"))
+    # Bertil and Ottilie count where they begin a sentence too; "Where", "They", "I", "Then" and "Good" never do.
+    assert names == ["Ottilie", "Bertil", "Bertil", "Ottilie", "The", "Ottilie"]
+    assert words_with(reading, reading.members("places")) == ["ponds", "school", "home"]
+    assert words_with(reading, reading.members("speech")) == ["Where", "is", "the", "frog", "Good", "frog"]
+    openers = set(reading.opener[reading.members("speech")])
+    assert len(openers) == 2
+    assert all(reading.pieces[i].strip() == '"' for i in openers)
+    assert (reading.quote == 0).sum() == 4
+
+
+def test_the_same_name_has_one_number_and_every_occurrence_its_own_word(tokenizer):
+    reading = inside.read(tokenizer, STORY, seq_len=10_000)
+    ottilie = {n for n, w in zip(reading.name, reading.word, strict=True) if n >= 0 and w in (0, reading.word.max())}
+    assert len(ottilie) == 1
+    assert len(set(reading.word[reading.name == ottilie.pop()])) == 3
+
+
+def reading_of(tokens, word, name, quote, opener) -> inside.Reading:
+    columns = [np.array(c) for c in (word, name, [-1] * len(tokens), quote, opener)]
+    return inside.Reading(np.array(tokens), [""] * len(tokens), *columns)
+
+
+def test_kinds_of_looking_on_a_reading_made_by_hand():
+    # The name A in two pieces, an opening mark, a word, the first piece of A again, a closing mark.
+    reading = reading_of(
+        [9, 1, 2, 5, 7, 1, 5],
+        [-1, 0, 0, -1, 1, 2, -1],
+        [-1, 0, 0, -1, -1, 0, -1],
+        [-1, -1, -1, 0, -1, -1, 0],
+        [-1] * 4 + [3, 3, -1],
+    )
+    found = {kind: {(int(q), int(k)) for q, k in np.argwhere(mask)} for kind, mask in inside.looks(reading).items()}
+    assert found["the start token"] == {(q, 0) for q in range(1, 7)}
+    assert found["the token itself"] == {(q, q) for q in range(1, 7)}
+    assert found["the token before"] == {(q, q - 1) for q in range(1, 7)}
+    assert found["the same token, earlier"] == {(5, 1), (6, 3)}
+    assert found["what followed the same token"] == {(5, 2), (6, 4)}
+    assert found["names"] == {(3, 1), (3, 2), (4, 1), (4, 2), (5, 1), (5, 2), (6, 1), (6, 2), (6, 5)}
+    assert found["the same name, earlier"] == {(5, 1), (5, 2)}
+    assert found["quotation marks"] == {(4, 3), (5, 3), (6, 3)}
+    assert found["the mark that opened the speech"] == {(4, 3), (5, 3)}
+
+
+def test_nothing_to_look_at_lies_in_the_future(tokenizer):
+    reading = inside.read(tokenizer, STORY, seq_len=10_000)
+    for kind, mask in inside.looks(reading).items():
+        assert mask.any(), kind
+        assert not np.triu(mask, 1).any(), kind
+
+
+def test_heads_that_look_at_all_tokens_alike_give_every_kind_its_even_share(tokenizer, model, stories):
+    blind = LanguageModel(model.config, seed=3).eval()
+    with torch.no_grad():
+        for block in blind.model["layers"]:
+            block.self_attn.q_proj.weight.zero_()
+    found = inside.survey(blind, tokenizer, stories)
+    for kind in ("the start token", "the token before", "the same token, earlier", "quotation marks", "names"):
+        *_, attention, evenly = inside.strongest_head(found, kind, slice(None), slice(None))
+        assert attention.value == pytest.approx(evenly, rel=1e-4)
+        assert attention.low <= attention.value <= attention.high
+    lengths = np.bincount(found.story)
+    assert found.distance_queries.sum(0).tolist() == [sum(max(n - d, 0) for n in lengths) for d in range(DISTANCES)]
+    expected = sum((1 / np.arange(3, n + 1)).sum() for n in lengths)  # from the third token on there is one two back
+    np.testing.assert_allclose(found.distance.sum(0)[..., 2], expected, rtol=1e-4)
+
+
+def test_survey_counts_the_model_s_own_loss_at_the_last_layer(tokenizer, model, stories):
+    found = inside.survey(model, tokenizer, stories)
+    for story, sums, predicted in zip(stories, found.lens, found.predicted, strict=True):
+        tokens = torch.tensor([[tokenizer.eot, *tokenizer.encode(story)][: model.config.seq_len]])
+        with torch.no_grad():
+            logits = model(tokens[:, :-1])[0].double()
+        true = logits.gather(-1, tokens[0, 1:, None])
+        assert predicted == tokens.shape[1] - 1
+        assert sums[0, -1] == predicted  # the last layer confirms itself
+        assert sums[1, -1] == pytest.approx(float((true[:, 0] - logits.logsumexp(-1)).sum()), rel=1e-4)
+        assert sums[2, -1] == pytest.approx(float(((logits > true).sum(-1) + 1).sum()), rel=1e-3)
+        assert 0 <= sums[0, 0] < predicted
+    assert [h.shape[1] for h in found.hidden] == np.bincount(found.story).tolist()
+    assert set(found.members) == set(CLASSES)
+
+
+def test_a_survey_of_no_story_is_refused(tokenizer, model):
+    with pytest.raises(ValueError, match="no story"):
+        inside.survey(model, tokenizer, [])
+
+
+@pytest.mark.parametrize(
+    ("values", "member", "expected"),
+    [
+        ([1, 2, 3, 4], [0, 0, 1, 1], 1.0),
+        ([1, 2, 3, 4], [1, 1, 0, 0], 0.0),
+        ([1, 2, 3, 4], [0, 1, 0, 1], 0.75),
+        ([5, 5, 5, 5, 5], [0, 1, 0, 1, 1], 0.5),
+        ([1, 2, 2, 3], [0, 0, 1, 1], 0.875),  # four pairs: three won, one tied
+    ],
+)
+def test_auc_counts_the_pairs_that_are_in_order(values, member, expected):
+    member = np.array(member, dtype=bool)
+    values = np.array(values, dtype=np.float32)
+    both = torch.from_numpy(np.stack([values, -values], axis=1))
+    assert inside.auc(both, torch.from_numpy(member)).tolist() == pytest.approx([expected, 1 - expected])
+    assert inside.auc_interval(values, member, np.arange(len(values))).value == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("member", [[True] * 3, [False] * 3])
+def test_auc_of_a_class_without_an_opposite_is_refused(member):
+    with pytest.raises(ValueError, match="nothing can be told apart"):
+        inside.auc(torch.rand(3, 2), torch.tensor(member))
+
+
+def test_auc_interval_is_that_of_stories_really_drawn_again():
+    rng = np.random.default_rng(5)
+    story = np.repeat(np.arange(12), 15)
+    member = rng.random(180) < 0.3
+    values = np.round(rng.normal(size=180) + member + rng.normal(size=12)[story], 1)  # rounded, so that some are tied
+    found = inside.auc_interval(values, member, story + 40, resamples=300, seed=7)
+    figures = []
+    for drawn in np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=300):
+        rows = np.concatenate([np.flatnonzero(story == s) for s in np.repeat(np.arange(12), drawn)])
+        figures.append(float(inside.auc(torch.from_numpy(values[rows])[:, None], torch.from_numpy(member[rows]))[0]))
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(figures, [0.025, 0.975])))
+    assert found.low < found.value < found.high
+
+
+def survey_of(hidden: np.ndarray, story: np.ndarray, **fields) -> Survey:
+    """A survey in which only the neurons (L, N, F), the tokens and the classes are filled in."""
+    empty = dict.fromkeys((f.name for f in dataclasses.fields(Survey)), None)
+    parts = [torch.from_numpy(hidden[:, story == s]).half() for s in range(story.max() + 1)]
+    return Survey(**empty | {"hidden": parts, "story": story} | fields)
+
+
+def test_planted_neurons_are_found_with_the_sign_of_their_answer():
+    rng = np.random.default_rng(1)
+    story, member = np.repeat(np.arange(10), 20), rng.random(200) < 0.2
+    hidden = rng.normal(size=(3, 200, 8))
+    hidden[1, :, 5] = -10.0 * member + rng.normal(size=200)
+    hidden[2, :, 0] += 1.5 * member
+    found = survey_of(hidden, story, members={"names": member})
+    (first, second) = inside.clearest_neurons(found, "names", FIRST, SECOND, top=2)
+    assert first[:3] == (1, 5, -1)
+    assert second[:3] == (2, 0, 1)
+    assert first[3].value > 0.99 > second[3].value > 0.7
+    assert second[3].low < second[3].value < second[3].high
+
+
+def test_a_neuron_that_shines_only_where_it_was_chosen_is_shown_for_what_it_is():
+    rng = np.random.default_rng(2)
+    story, member = np.repeat(np.arange(10), 20), rng.random(200) < 0.3
+    hidden = rng.normal(size=(1, 200, 4))
+    hidden[0, :, 2] = np.where(story % 2 == 0, 10.0 * member, rng.normal(size=200))
+    found = survey_of(hidden, story, members={"names": member})
+    ((layer, neuron, sign, elsewhere),) = inside.clearest_neurons(found, "names", FIRST, SECOND, top=1)
+    assert (layer, neuron, sign) == (0, 2, 1)
+    assert elsewhere.low < 0.5 < elsewhere.high
+
+
+def test_spelling_alone_tells_tokens_that_are_always_of_the_class_and_no_others():
+    # Token 3 is of the class, token 4 is so half the time, token 5 never; token 6 is not met while learning.
+    tokens, member = np.array([3, 4, 4, 5, 3, 6, 5, 5]), np.array([1, 1, 0, 0, 1, 1, 0, 0], dtype=bool)
+    found = survey_of(np.zeros((1, 8, 1)), np.repeat([0, 1], 4), tokens=tokens, members={"names": member})
+    # Shares in the second story: 1, 0, 0, 0: of four pairs two are won and two tied.
+    assert inside.spelling(found, "names", FIRST, SECOND).value == pytest.approx(0.75)
+
+
+def test_the_strongest_head_is_chosen_on_some_stories_and_reported_on_others():
+    looked = np.zeros((4, 1, 2, 3))
+    looked[FIRST, 0, 1, 2], looked[SECOND, 0, 1, 2], looked[SECOND, 0, 0, 0] = 8, 2, 9
+    fields = {"kinds": ("names",), "looked": looked, "queries": np.full((4, 1), 10), "evenly": np.full((4, 1), 0.5)}
+    found = survey_of(np.zeros((1, 4, 1)), np.arange(4), **fields)
+    layer, head, attention, evenly = inside.strongest_head(found, "names", FIRST, SECOND)
+    assert (layer, head) == (1, 2)
+    assert attention.value == pytest.approx(0.2)
+    assert evenly == pytest.approx(0.05)
+
+
+def test_a_drawn_text_keeps_every_word_whole_and_every_token_on_its_shade(tokenizer):
+    reading = inside.read(tokenizer, STORY, seq_len=10_000)
+    shades = np.linspace(0, 1, len(reading.pieces))
+    ax = Figure().subplots()
+    inside.draw_tokens(ax, reading.pieces, shades, width=40, underlined=3)
+    lines = {}
+    for text in ax.texts:
+        x, y = text.get_position()
+        lines[y] = lines.get(y, "").ljust(int(x)) + text.get_text()
+    assert " ".join(lines.values()).split() == STORY.split()
+    assert all(len(line) <= 40 for line in lines.values())
+    grid = ax.images[0].get_array()
+    assert grid.shape == (len(lines), 40)
+    for text, shade in zip(ax.texts, shades, strict=True):
+        x, y = text.get_position()
+        if text.get_text().strip():
+            assert grid[int(y), int(x)] == pytest.approx(shade)
+    assert len(ax.lines) == 1
+
+
+def test_single_tokens_are_shown_so_that_beginnings_and_continuations_differ(tokenizer):
+    texts = {inside.shown(tokenizer, token) for token in range(len(tokenizer))}
+    assert "(end)" in texts
+    assert "(newline)" in texts
+    the, *_ = tokenizer.encode(" the")
+    assert inside.shown(tokenizer, the) in ("the", "t", "(space)")
+    assert any(text.startswith("-") and text[1:].isalpha() for text in texts)

@@ -1,0 +1,92 @@
+"""Near-duplicates are found exactly: as by comparing every pair."""
+
+import random
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blm_core.near import NearDuplicates, shingles
+
+FEW_WORDS = st.lists(st.sampled_from("abc"), max_size=14).map(" ".join)
+
+
+def runs(text: str) -> set[tuple]:
+    words = text.split()
+    return {tuple(words[i : i + 4]) for i in range(max(1, len(words) - 3))} if words else set()
+
+
+def jaccard(one: str, other: str) -> Fraction:
+    a, b = runs(one), runs(other)
+    return Fraction(len(a & b), len(a | b)) if a and b else Fraction(0)
+
+
+def assert_same_as_brute_force(texts: list[str], asked: list[str], threshold: float) -> int:
+    index = NearDuplicates(texts, threshold)
+    found = 0
+    for text in asked:
+        near = {i for i, other in enumerate(texts) if jaccard(text, other) >= Fraction(threshold)}
+        match = index.match(text)
+        assert match in near if near else match is None
+        found += bool(near)
+    return found
+
+
+@settings(deadline=None)
+@given(st.lists(FEW_WORDS, max_size=6), st.lists(FEW_WORDS, min_size=1, max_size=6), st.integers(1, 64))
+def test_a_match_is_found_exactly_where_comparing_every_pair_finds_one(texts, asked, threshold):
+    assert_same_as_brute_force(texts, asked, threshold / 64)  # a binary fraction: its products are exact
+
+
+@pytest.mark.parametrize("threshold", [0.25, 0.5, 0.75])
+def test_long_texts_with_some_words_changed_are_judged_as_by_comparing_every_pair(threshold):
+    rng = random.Random(threshold)
+    vocabulary = [f"w{i}" for i in range(300)]
+    texts = [" ".join(rng.choices(vocabulary, k=rng.randrange(30, 200))) for _ in range(40)]
+    asked = []
+    for text in texts * 3:
+        words, changes = text.split(), rng.randrange(0, 14)
+        for i in rng.sample(range(len(words)), changes):
+            words[i] = rng.choice(vocabulary)
+        cut = rng.randrange(0, len(words) // 3)
+        asked.append(" ".join(words[cut:]))
+    found = assert_same_as_brute_force(texts, asked, threshold)
+    assert 10 < found < len(asked)  # both answers were called for
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.55, 0.7, 0.9])
+def test_a_threshold_that_binary_fractions_only_approximate_loses_no_clear_match(threshold):
+    words = [f"w{i}" for i in range(103)]  # 100 runs of four words
+    index = NearDuplicates([" ".join(words)], threshold)
+    for shared in range(1, 101):
+        text = " ".join(words[: shared + 3])  # its runs are a part of the others: Jaccard is shared / 100
+        if abs(shared / 100 - threshold) > 1e-9:
+            assert (index.match(text) is not None) == (shared / 100 > threshold)
+
+
+def test_case_and_punctuation_make_no_difference():
+    index = NearDuplicates(["the small boat went far out on the lake"], 1.0)
+    assert index.match("The small boat -- went far, 'out' on the LAKE!") == 0
+
+
+@pytest.mark.parametrize("text", ["sun", "the sun", "the sun set"])
+def test_a_text_of_fewer_than_four_words_is_one_run(text):
+    assert len(shingles(text)) == 1
+    index = NearDuplicates([text, "the sun set late"], 0.1)
+    assert index.match(text) == 0
+    assert index.match(f"{text} again and again") is None
+
+
+def test_a_text_without_words_is_near_nothing():
+    index = NearDuplicates(["...", "", "one two three four five"], 0.1)
+    assert index.match("...") is None
+    assert index.match("") is None
+
+
+def test_nothing_is_near_an_empty_set():
+    assert NearDuplicates([], 0.5).match("one two three four five") is None
+
+
+def test_the_order_of_words_counts():
+    assert NearDuplicates(["one two three four"], 0.1).match("four three two one") is None

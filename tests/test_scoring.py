@@ -1,0 +1,184 @@
+"""Bits of stories: every token counted once, by the same rule whatever stands beside it."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from blm_core.config import ModelConfig
+from blm_core.evaluate import score
+from blm_core.model import LanguageModel
+from blm_core.scoring import bits_per_byte, story_bits, windows
+
+CPU = torch.device("cpu")
+TEXTS = [
+    "Pip the hare ran home.",
+    'Grandma baked a plum tart.\n"Is it warm?" asked Ivo.',
+    "🐌 été",
+    "A fox, a box, and a clock. " * 9,
+]
+
+
+@settings(max_examples=300)
+@given(length=st.integers(0, 400), seq_len=st.integers(1, 64))
+def test_windows_predict_every_token_once_from_at_least_half_a_context(length, seq_len):
+    found = windows(length, seq_len)
+    scored = [token for _, end, first in found for token in range(first, end)]
+    assert scored == list(range(1, length))
+    for start, end, first in found:
+        assert 0 <= start < first < end
+        assert end - start <= seq_len + 1
+        assert start == 0 or first - start > seq_len // 2
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    config = ModelConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=16, init_std=0.3)
+    return LanguageModel(config, seed=1).eval()
+
+
+@pytest.fixture(scope="module")
+def stories() -> list[np.ndarray]:
+    rng = np.random.default_rng(1)
+    return [rng.integers(0, 300, size=n).astype(np.uint16) for n in (9, 1, 17, 2, 16, 18, 5, 33, 45)]
+
+
+@torch.no_grad()
+def directly(model: LanguageModel, story: np.ndarray) -> float:
+    """Bits of a story token by token, each from the longest context that the rule of the windows gives it."""
+    size, bits, start = model.config.seq_len, 0.0, 0
+    for position in range(1, len(story)):
+        if position - start > size:
+            start = position - size // 2 - 1
+        context = torch.from_numpy(story[start:position].astype(np.int64))[None]
+        bits -= float(model(context)[0, -1].double().log_softmax(-1)[int(story[position])]) / math.log(2)
+    return bits
+
+
+def test_the_bits_of_a_story_are_those_of_its_tokens_one_by_one(model, stories):
+    bits = story_bits(model, stories, 16, CPU)
+    assert bits == pytest.approx([directly(model, story) for story in stories], rel=1e-5)
+    assert bits[1] == 0  # nothing behind the first token
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 500, 100_000])
+def test_bits_do_not_depend_on_how_stories_are_batched(model, stories, batch_tokens):
+    assert story_bits(model, stories, 16, CPU, batch_tokens) == pytest.approx(story_bits(model, stories, 16, CPU), rel=1e-5)
+
+
+def test_batches_stay_within_the_tokens_allowed(model, stories):
+    shapes = []
+
+    def logits_of(tokens):
+        shapes.append(tokens.shape)
+        return model(tokens)
+
+    story_bits(logits_of, stories, 16, CPU, batch_tokens=68)
+    assert len(shapes) > 3
+    assert all(rows * (columns + 1) <= 68 and columns <= 16 for rows, columns in shapes)
+
+
+def test_the_bits_of_a_story_do_not_depend_on_other_stories_or_their_order(model, stories):
+    together = story_bits(model, stories, 16, CPU)
+    alone = [story_bits(model, [story], 16, CPU)[0] for story in stories]
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert story_bits(model, stories[::-1], 16, CPU)[::-1] == pytest.approx(together, rel=1e-5)
+
+
+def test_no_stories_have_no_bits(model):
+    assert story_bits(model, [], 16, CPU).shape == (0,)
+
+
+def test_bits_per_byte_is_all_bits_over_all_bytes():
+    value, low, high = bits_per_byte(np.array([8.0, 24.0, 4.0]), np.array([4, 4, 10]))
+    assert value == 2.0
+    assert low < value < high
+
+
+def test_the_interval_of_two_stories_is_that_of_their_four_equally_likely_resamples():
+    # (8, 8): 2, twice (8, 24): 4, (24, 24): 6. A quarter of the resamples lies at each end.
+    assert bits_per_byte(np.array([8.0, 24.0]), np.array([4, 4])) == (4.0, 2.0, 6.0)
+
+
+def test_stories_that_are_all_alike_leave_no_doubt_and_one_alone_has_no_interval():
+    assert bits_per_byte(np.full(50, 12.0), np.full(50, 10)) == pytest.approx((1.2, 1.2, 1.2))
+    value, low, high = bits_per_byte(np.array([8.0]), np.array([4]))
+    assert value == 2.0
+    assert math.isnan(low)
+    assert math.isnan(high)
+
+
+def test_the_interval_holds_the_true_value_about_95_times_in_100():
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        sizes = rng.integers(300, 1500, size=60)
+        bits = sizes * rng.gamma(20, 0.04, size=60)  # 0.8 bits per byte on average
+        _, low, high = bits_per_byte(bits, sizes, resamples=500)
+        covered += low <= 0.8 <= high
+    assert 0.90 <= covered / 300 <= 0.99
+
+
+def test_the_interval_narrows_with_the_root_of_the_number_of_stories_and_can_be_repeated():
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(300, 1500, size=1600)
+    bits = sizes * rng.gamma(20, 0.04, size=1600)
+    (_, low, high), (_, low_few, high_few) = bits_per_byte(bits, sizes), bits_per_byte(bits[:100], sizes[:100])
+    assert (high_few - low_few) / (high - low) == pytest.approx(4, rel=0.25)
+    assert bits_per_byte(bits, sizes) == bits_per_byte(bits, sizes)
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer) -> LanguageModel:
+    config = ModelConfig(len(tokenizer), n_layers=1, d_model=32, n_heads=2, n_kv_heads=1, d_ff=48, seq_len=32, init_std=0.2)
+    return LanguageModel(config, seed=1).eval()
+
+
+def test_a_score_counts_stories_bytes_and_tokens_without_the_end_of_text(reader, tokenizer):
+    found, bits, sizes = score(reader, tokenizer, TEXTS)
+    assert found.stories == 4
+    assert sizes.tolist() == [len(text.encode()) for text in TEXTS]
+    assert sizes[2] == 4 + 1 + 5  # a snail, a space, three letters of which two have accents
+    assert found.bytes == sizes.sum()
+    assert found.tokens == sum(len(tokenizer.encode(text)) for text in TEXTS)
+    assert found.bits_per_byte == pytest.approx(bits.sum() / sizes.sum())
+    assert found.low < found.bits_per_byte < found.high
+
+
+def test_a_model_that_only_guesses_needs_the_logarithm_of_its_vocabulary_for_every_token(reader, tokenizer):
+    guessing = LanguageModel(reader.config, seed=1)
+    torch.nn.init.zeros_(guessing.model["embed_tokens"].weight)
+    found, bits, _ = score(guessing, tokenizer, TEXTS)
+    assert bits == pytest.approx([math.log2(len(tokenizer)) * len(tokenizer.encode(text)) for text in TEXTS])
+    assert found.bits_per_byte == pytest.approx(math.log2(len(tokenizer)) * found.tokens / found.bytes)
+
+
+def test_each_story_is_scored_from_a_start_token_alone_in_any_number_and_order(reader, tokenizer):
+    texts = [f"{text} It was day {day}." for day in range(40) for text in TEXTS[:3]]
+    _, bits, _ = score(reader, tokenizer, texts)
+    assert len(bits) == 120
+    assert bits[[0, 99, 100, 119]] == pytest.approx([score(reader, tokenizer, [texts[i]])[1][0] for i in (0, 99, 100, 119)])
+    assert score(reader, tokenizer, texts[::-1])[1][::-1] == pytest.approx(bits)
+    tokens = np.array([tokenizer.eot, *tokenizer.encode(texts[1])])
+    assert bits[1] == pytest.approx(directly(reader, tokens), rel=1e-5)
+
+
+def test_a_score_in_bfloat16_is_close_to_that_in_float32(reader, tokenizer):
+    exact, rounded = (score(reader, tokenizer, TEXTS, dtype)[0].bits_per_byte for dtype in ("float32", "bfloat16"))
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.01)
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""]])
+def test_a_text_without_a_story_is_refused(reader, tokenizer, texts):
+    with pytest.raises(ValueError, match="no story to score"):
+        score(reader, tokenizer, texts)
+
+
+def test_dropout_does_not_disturb_a_score(reader, tokenizer):
+    dropping = LanguageModel(replace(reader.config, dropout=0.3), seed=1)
+    assert score(dropping.eval(), tokenizer, TEXTS)[0] == score(reader, tokenizer, TEXTS)[0]

@@ -1,0 +1,192 @@
+"""Archives are untrusted: only shards are taken out of them, all or none."""
+
+import gzip
+import io
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from blm_core.data import SAMPLE_FOLDER
+from blm_core.download import ArchiveError, pack_sample, unpack
+
+
+def file(name: str, body: bytes = b"[]", **fields) -> tuple[tarfile.TarInfo, bytes]:
+    info = tarfile.TarInfo(name)
+    info.size = len(body)
+    for field, value in fields.items():
+        setattr(info, field, value)
+    return info, body
+
+
+def other(name: str, kind: bytes, **fields) -> tuple[tarfile.TarInfo, bytes]:
+    return file(name, b"", type=kind, **fields)
+
+
+def packed(path: Path, *members, mode="w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for info, body in members:
+            archive.addfile(info, io.BytesIO(body))
+    return path
+
+
+GOOD = [file("data00.json", b"[1]"), file("data01.json", b"[2]")]
+REFUSED = {
+    "absolute path": file("/data02.json"),
+    "absolute path elsewhere": file("/etc/cron.d/data02.json"),
+    "parent folder": file("../data02.json"),
+    "parent folder in the middle": file("a/../../data02.json"),
+    "parent folder of another file": file("../../.bashrc"),
+    "folder outside": other("../out", tarfile.DIRTYPE),
+    "symbolic link": other("data02.json", tarfile.SYMTYPE, linkname="/etc/passwd"),
+    "symbolic link of another name": other("readme", tarfile.SYMTYPE, linkname="data00.json"),
+    "hard link": other("data02.json", tarfile.LNKTYPE, linkname="data00.json"),
+    "hard link outside": other("data02.json", tarfile.LNKTYPE, linkname="/etc/passwd"),
+    "character device": other("data02.json", tarfile.CHRTYPE, devmajor=1, devminor=5),
+    "block device": other("data02.json", tarfile.BLKTYPE, devmajor=8, devminor=0),
+    "fifo": other("data02.json", tarfile.FIFOTYPE),
+    "sparse file": file("data02.json", b"", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}),
+    "malformed sparse file": file("data02.json", b"[" * 600, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
+}
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["before the shards", "after the shards"])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_malicious_member_refuses_the_archive_and_nothing_is_written(tmp_path, kind, first):
+    members = [REFUSED[kind], *GOOD] if first else [*GOOD, REFUSED[kind]]
+    archive = packed(tmp_path / "bad.tar.gz", *members)
+    (tmp_path / "in" / "side").mkdir(parents=True)
+    with pytest.raises(ArchiveError, match=r"bad\.tar\.gz"):
+        unpack(archive, tmp_path / "in" / "side" / "shards")
+    assert list(tree(tmp_path)) == ["bad.tar.gz"]
+    assert list((tmp_path / "in" / "side").iterdir()) == []
+
+
+def test_a_refused_archive_leaves_what_an_earlier_one_gave(tmp_path):
+    unpack(packed(tmp_path / "good.tar.gz", *GOOD), tmp_path / "shards")
+    before = tree(tmp_path / "shards")
+    with pytest.raises(ArchiveError, match="outside the archive"):
+        unpack(packed(tmp_path / "bad.tar.gz", file("data00.json", b"[3]"), file("../x")), tmp_path / "shards")
+    assert tree(tmp_path / "shards") == before == {"data00.json": b"[1]", "data01.json": b"[2]"}
+
+
+def test_a_new_archive_replaces_all_of_the_earlier_one(tmp_path):
+    unpack(packed(tmp_path / "good.tar.gz", *GOOD), tmp_path / "shards")
+    paths = unpack(packed(tmp_path / "new.tar.gz", file("data07.json", b"[7]")), tmp_path / "shards")
+    assert paths == [tmp_path / "shards" / "data07.json"]
+    assert tree(tmp_path / "shards") == {"data07.json": b"[7]"}
+
+
+def test_shards_come_in_the_order_of_their_numbers_beyond_99_too(tmp_path):
+    numbers = [100, 2, 99, 0, 101, 10]
+    archive = packed(tmp_path / "a.tar.gz", *(file(f"data{i:02}.json") for i in numbers))
+    paths = unpack(archive, tmp_path / "shards")
+    assert [path.name for path in paths] == [f"data{i:02}.json" for i in sorted(numbers)]
+
+
+def test_a_leading_dot_and_another_compression_make_no_difference(tmp_path):
+    for mode in ("w", "w:gz", "w:xz"):
+        archive = packed(tmp_path / "a.tar", other(".", tarfile.DIRTYPE), file("./data00.json", b"[1]"), mode=mode)
+        assert [path.read_bytes() for path in unpack(archive, tmp_path / "shards")] == [b"[1]"]
+
+
+def test_files_that_are_not_shards_are_passed_over(tmp_path):
+    names = ["README", "data.json", "data00.json.bak", "xdata00.json", "sub/data05.json", "DATA01.json", "data00.jsonl"]
+    archive = packed(tmp_path / "a.tar.gz", *map(file, names), other("data09.json", tarfile.DIRTYPE), *GOOD)
+    unpack(archive, tmp_path / "shards")
+    assert tree(tmp_path / "shards") == {"data00.json": b"[1]", "data01.json": b"[2]"}
+
+
+@pytest.mark.parametrize("members", [[], [file("README")], [file("stories/data00.json")]], ids=["empty", "none", "nested"])
+def test_an_archive_without_shards_is_refused(tmp_path, members):
+    with pytest.raises(ArchiveError, match=r"no member named like data00\.json"):
+        unpack(packed(tmp_path / "a.tar.gz", *members), tmp_path / "shards")
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>Please log in</html>", gzip.compress(b"no archive"), random.Random(1).randbytes(5000)],
+    ids=["empty", "page", "other gzip", "noise"],
+)
+def test_what_is_no_archive_is_refused_and_the_way_out_is_named(tmp_path, content):
+    (tmp_path / "a.tar.gz").write_bytes(content)
+    with pytest.raises(ArchiveError, match=r"(?s)a\.tar\.gz cannot be unpacked.*delete it"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "shards")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return pack_sample(SAMPLE_FOLDER, tmp_path_factory.mktemp("sample") / "sample.tar.gz")
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.9999])
+def test_a_truncated_archive_is_refused(tmp_path, sound, share):
+    body = sound.read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(body[: int(len(body) * share)])
+    with pytest.raises(ArchiveError, match="cannot be unpacked"):
+        unpack(tmp_path / "a.tar.gz", tmp_path / "shards")
+    assert list(tree(tmp_path)) == ["a.tar.gz"]
+
+
+def test_a_damaged_gzip_is_never_taken_for_a_sound_one(tmp_path, sound):
+    body, rng = sound.read_bytes(), random.Random(1)
+    for _ in range(30):
+        damaged = bytearray(body)
+        damaged[rng.randrange(20, len(body))] ^= 1 << rng.randrange(8)
+        (tmp_path / "a.tar.gz").write_bytes(damaged)
+        with pytest.raises(ArchiveError, match="cannot be unpacked"):
+            unpack(tmp_path / "a.tar.gz", tmp_path / "shards")
+    assert list(tree(tmp_path)) == ["a.tar.gz"]
+
+
+def test_a_damaged_header_is_not_taken_for_the_end_of_the_archive(tmp_path):
+    archive = packed(tmp_path / "a.tar", *GOOD, mode="w")
+    body = bytearray(archive.read_bytes())
+    body[2 * 512] ^= 1  # the second header follows one header and one block of data
+    archive.write_bytes(body)
+    with pytest.raises(ArchiveError, match="damaged"):
+        unpack(archive, tmp_path / "shards")
+
+
+def test_a_full_quota_is_reported_and_leaves_nothing(tmp_path, sound):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from blm_core.download import unpack\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, sound, tmp_path / "shards"], capture_output=True, text=True)
+    assert run.stderr.strip().splitlines()[-1].startswith("blm_core.download.ArchiveError")
+    assert "File too large" in run.stderr
+    assert "delete it" not in run.stderr  # the archive is not at fault
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_cleared_away(tmp_path, sound):
+    code = (
+        "import resource, signal, sys; from pathlib import Path; from blm_core.download import unpack\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write beyond the limit kills\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code, sound, tmp_path / "shards"], capture_output=True)
+    assert run.returncode == -signal.SIGXFSZ
+    assert list(tmp_path.iterdir()) != []
+    assert len(unpack(sound, tmp_path / "shards")) == 4
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_the_packed_sample_is_the_same_every_time_and_unpacks_to_the_sample(tmp_path, sound):
+    again = pack_sample(SAMPLE_FOLDER, tmp_path / "sample.tar.gz")
+    assert again.read_bytes() == sound.read_bytes()
+    unpack(again, tmp_path / "shards")
+    assert tree(tmp_path / "shards") == tree(SAMPLE_FOLDER)
