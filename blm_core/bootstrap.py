@@ -2,7 +2,8 @@
 
 Percentile bootstrap (Efron & Tibshirani, 1993): the units, stories or prompts, are drawn again with replacement, the
 figure is computed anew each time, and 95 % of those figures lie between `low` and `high`. Paired figures draw the same
-units for both models. One story alone has no interval: its ends are nan.
+units for both models. One story alone has no interval: its ends are nan. Units that all agree give an interval without
+width, which says much of many units and nothing of a handful.
 """
 
 import math

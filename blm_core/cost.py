@@ -262,7 +262,7 @@ class EnergyMeter:
         gpu = None
         if self._sampler:
             self._sampler.terminate()
-            said = self._sampler.communicate()[0].splitlines()
+            said = self._sampler.communicate()[0].rpartition("\n")[0].splitlines()  # the last line may be half a number
             powers = [float(line) for line in said if line.strip().replace(".", "", 1).isdigit()]
             if powers:
                 gpu = statistics.mean(powers) * seconds

@@ -1,15 +1,22 @@
-"""Sample stories: key/value cache, batches of prompts, temperature, top-k and top-p."""
+"""Sample stories: key/value cache, batches of prompts, temperature, top-k and top-p.
+
+Almost all of the time goes into steps of one token. `Decoder` takes them in few calls, and a token is drawn from a shortlist
+of the likeliest rather than from the sorted vocabulary, where that holds all that top-p keeps.
+"""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blm_core.config import ConfigError
 from blm_core.model import KeyValueCache, LanguageModel
 from blm_core.tokenizer import Tokenizer
+
+SHORTLIST = 128  # tokens; a trained model seldom needs more to reach top-p
 
 
 @dataclass(frozen=True)
@@ -35,17 +42,80 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
     """Draw one token per row of `logits` (B, V); (B,)."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    ordered, tokens = (logits / sampling.temperature).sort(-1, descending=True)
-    probabilities = ordered.softmax(-1)
-    if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0
+    logits = logits / sampling.temperature
+    if not sampling.top_k and sampling.top_p == 1:
+        return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    kept, tokens = logits.topk(min(sampling.top_k or SHORTLIST, logits.shape[-1]))  # from the likeliest on
+    whole = (kept if sampling.top_k else logits).logsumexp(-1, keepdim=True)
+    probabilities = (kept - whole).exp()
+    if not sampling.top_k and (probabilities.sum(-1) < sampling.top_p).any():  # the shortlist is too short
+        kept, tokens = logits.sort(-1, descending=True)
+        probabilities = (kept - whole).exp()
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens
-    probabilities[before >= sampling.top_p * probabilities.sum(-1, keepdim=True)] = 0
+    probabilities[before >= sampling.top_p] = 0
     drawn = torch.multinomial(probabilities, 1, generator=generator)
     return tokens.gather(-1, drawn).squeeze(-1)
 
 
-@torch.no_grad()
+class Decoder:
+    """A Llama-like model with the weights laid out for one new token per sequence, in float32.
+
+    The arithmetic is the model's, in fewer and larger calls: matrices that read the same input stand side by side, those of
+    a norm's gain are folded into what follows, and query heads that share a key meet it without copies of it. Later changes
+    of the model's weights are not seen.
+    """
+
+    def __init__(self, model: LanguageModel):
+        self.config = model.config
+        parts = model.model
+        self.embedding = parts["embed_tokens"].weight.detach().float()
+        self.layers = []
+        for block in parts["layers"]:
+            attention, mlp = block.self_attn, block.mlp
+            self.layers.append(
+                (
+                    _columns([attention.q_proj, attention.k_proj, attention.v_proj], block.input_layernorm.weight),
+                    _columns([attention.o_proj]),
+                    _columns([mlp.gate_proj, mlp.up_proj], block.post_attention_layernorm.weight),
+                    _columns([mlp.down_proj]),
+                )
+            )
+        self.head = _columns([parts["embed_tokens"]], parts["norm"].weight)
+        self.cos = model.cos
+        half = model.config.d_head // 2
+        self.sin = torch.cat([-model.sin[:, :half], model.sin[:, half:]], dim=-1)
+
+    def __call__(self, tokens: Tensor, cache: KeyValueCache) -> Tensor:
+        """Logits (B, V) of what follows `tokens` (B,), which continue what `cache` holds."""
+        c, end = self.config, cache.length + 1
+        B, H, K, D = len(tokens), c.n_heads, c.n_kv_heads, c.d_head
+        cos, sin = self.cos[cache.length], self.sin[cache.length]  # (D,)
+        x = F.embedding(tokens, self.embedding)  # (B, C)
+        for layer, (read, write, widen, narrow) in enumerate(self.layers):
+            heads = (self._scaled(x) @ read).view(B, H + 2 * K, D)
+            turned = heads[:, : H + K]
+            turned = torch.addcmul(turned * cos, turned.roll(D // 2, -1), sin)
+            cache.keys[layer, :, :, cache.length] = turned[:, H:]
+            cache.values[layer, :, :, cache.length] = heads[:, H + K :]
+            q = turned[:, :H].reshape(B, K, H // K, D)  # the heads that share a key stand as if they were positions
+            y = F.scaled_dot_product_attention(q, cache.keys[layer, :, :, :end], cache.values[layer, :, :, :end])
+            x = torch.addmm(x, y.reshape(B, H * D), write)
+            gate, up = (self._scaled(x) @ widen).chunk(2, dim=-1)
+            x = torch.addmm(x, F.silu(gate).mul_(up), narrow)
+        cache.length = end
+        return self._scaled(x) @ self.head
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(self.config.norm_eps))
+
+
+def _columns(parts: list[torch.nn.Module], gain: Tensor | None = None) -> Tensor:
+    """The matrices of `parts` side by side, (inputs, outputs), and the gain of the norm before them multiplied in."""
+    matrix = torch.cat([part.weight.detach() for part in parts]).float()
+    return (matrix if gain is None else matrix * gain.detach()).t().contiguous()
+
+
+@torch.inference_mode()
 def sample_tokens(model: LanguageModel, prompts: list[list[int]], sampling: Sampling, eot: int) -> Iterator[Tensor]:
     """Yield the sequences' next tokens (B,) one step at a time, until all have ended or the context is full.
 
@@ -64,6 +134,7 @@ def sample_tokens(model: LanguageModel, prompts: list[list[int]], sampling: Samp
     for row, prompt in enumerate(prompts):
         given[row, : len(prompt)] = torch.tensor(prompt, device=device)
     logits = model(given[:, :shortest], cache=cache)[:, -1]
+    decode = Decoder(model) if model.config.is_llama else lambda tokens, cache: model(tokens[:, None], cache=cache)[:, -1]
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for position in range(shortest, model.config.seq_len):
         drawn = next_tokens(logits, sampling, generator)
@@ -79,11 +150,13 @@ def sample_tokens(model: LanguageModel, prompts: list[list[int]], sampling: Samp
         ended |= (left <= 0) & ~reading
         if ended.all() or position + 1 == model.config.seq_len:
             return
-        logits = model(drawn[:, None], cache=cache)[:, -1]
+        logits = decode(drawn, cache)
 
 
 def complete(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling) -> list[str]:
     """One completion of each prompt, without the prompt and without `<|endoftext|>`."""
+    if not prompts:
+        return []
     encoded = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
     steps = list(sample_tokens(model, encoded, sampling, tokenizer.eot))
     rows = torch.stack(steps, 1).tolist()
@@ -98,13 +171,15 @@ def complete(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sam
 def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """The completion of `prompt`, piece by piece as it is written."""
     encoded = [tokenizer.eot, *tokenizer.encode(prompt)]
-    new, shown = [], ""
+    new, text, shown = [], "", ""
     for step in sample_tokens(model, [encoded], sampling, tokenizer.eot):
         token = int(step)
         if token == tokenizer.eot:
             break
         new.append(token)
         text = tokenizer.decode(new)
-        if not text.endswith("\ufffd"):  # the rest of a character's bytes is still to come
+        if text != shown and not text.endswith("\ufffd"):  # the rest of a character's bytes may still come
             yield text[len(shown) :]
             shown = text
+    if text != shown:  # it did not
+        yield text[len(shown) :]

@@ -3,7 +3,10 @@
 import contextlib
 import os
 import platform
+import shutil
+import statistics
 import subprocess
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +68,66 @@ def memory(device: torch.device) -> float | None:
         return round(torch.cuda.max_memory_allocated(device) / 1e9, 2)
     peak = [line.split()[1] for line in _read("/proc/self/status").splitlines() if line.startswith("VmHWM")]
     return round(int(peak[0]) * 1024 / 1e9, 2) if peak else None
+
+
+class EnergyMeter:
+    """Joules between `start` and `stop`: of the processor by RAPL counters, of the GPU by the power that nvidia-smi names.
+
+    What cannot be read is None, and `why` says why.
+    """
+
+    def __init__(self, device: str = "cpu", powercap: Path = Path("/sys/class/powercap"), nvidia_smi: str = "nvidia-smi"):
+        self.why: dict[str, str] = {}
+        self._packages = [
+            folder for folder in sorted(Path(powercap).glob("*-rapl:*")) if folder.name.count(":") == 1
+        ]  # cores and memory below a package (name:0:1) are part of it
+        if not self._packages:
+            self.why["cpu"] = f"{powercap} has no RAPL counters"
+        self._smi = shutil.which(nvidia_smi) if torch.device(device).type == "cuda" else None
+        if not self._smi:
+            self.why["gpu"] = "no GPU was used" if torch.device(device).type != "cuda" else f"{nvidia_smi} is not installed"
+        self._gpu = torch.device(device).index or 0
+        self._sampler: subprocess.Popen | None = None
+
+    def start(self) -> None:
+        if self._smi:
+            query = [f"--id={self._gpu}", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
+            self._sampler = subprocess.Popen([self._smi, *query], stdout=subprocess.PIPE, text=True)
+        self._before = self._counters()
+        self._began = time.perf_counter()
+
+    def stop(self) -> dict[str, float | None]:
+        """Joules since `start`, as `cpu` and `gpu`."""
+        seconds = time.perf_counter() - self._began
+        after = self._counters()
+        cpu = None
+        if self._before is not None and after is not None:
+            cpu = 0.0
+            for folder, start in self._before.items():
+                used = after[folder] - start
+                if used < 0:  # the counter has run over
+                    used += int((folder / "max_energy_range_uj").read_text())
+                cpu += used / 1e6
+        gpu = None
+        if self._sampler:
+            self._sampler.terminate()
+            said = self._sampler.communicate()[0].rpartition("\n")[0].splitlines()  # the last line may be half a number
+            powers = [float(line) for line in said if line.strip().replace(".", "", 1).isdigit()]
+            if powers:
+                gpu = statistics.mean(powers) * seconds
+            else:
+                self.why["gpu"] = f"nvidia-smi named no power in {seconds:.1f} s"
+            self._sampler = None
+        return {"cpu": cpu, "gpu": gpu}
+
+    def _counters(self) -> dict[Path, int] | None:
+        if not self._packages:
+            return None
+        try:
+            return {folder: int((folder / "energy_uj").read_text()) for folder in self._packages}
+        except OSError as error:  # readable by root alone on most systems
+            self.why["cpu"] = f"the RAPL counters cannot be read ({error.strerror})"
+            return None
 
 
 def _read(path: str) -> str:

@@ -114,7 +114,7 @@ class Pair:
 
     @property
     def prompt_id(self) -> str:
-        return _hash(self.prompt)
+        return prompt_id(self.prompt)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,11 @@ class Item:
 
     def rating(self, rater: str, answer: dict) -> Rating:
         return _rating(self.id, self.pair.id, self.pair.prompt_id, rater, *self.models, answer)
+
+
+def prompt_id(prompt: str) -> str:
+    """The hash that names a prompt in keys and ratings, however its white space and typography are written."""
+    return _hash(_tidy(prompt))
 
 
 def read_completions(path: Path) -> dict[str, dict[str, list[str]]]:
@@ -174,7 +179,7 @@ def pairs(ours: Path, theirs: Path, form: Form | None = None) -> tuple[list[Pair
         before = len(found)
         for prompt, samples in texts.items():
             for sample, (own, other) in enumerate(zip(our_texts.get(prompt, []), samples, strict=False)):
-                shown = " ".join(normalise(prompt)[0].split())
+                shown = _tidy(prompt)
                 found.append(Pair(shown, (our_model, model), comparable(shown, own, other, form), sample))
         alone[model] = sum(map(len, texts.values())) - (len(found) - before)
     if not found:
@@ -586,13 +591,17 @@ def _lines(path: Path, problems: list[str]) -> Iterator[tuple[int, dict]]:
             problems.append(f"{path}, line {number} is not an object but {line[:40]!r}")
 
 
+def _tidy(text: str) -> str:
+    return " ".join(normalise(text)[0].split())
+
+
 def _one_line(prompt: str, text: str) -> str:
     """`text` in ASCII typography on one line, without what its recording added to it.
 
     A beginning that repeats the prompt's end is dropped, white space before punctuation too, and a double quote glued
     between words gets its space on the side that its place in the quotation tells.
     """
-    text = " ".join(normalise(text)[0].split())
+    text = _tidy(text)
     for size in range(min(len(prompt), len(text)), OVERLAP - 1, -1):
         if prompt.endswith(text[:size]):
             text = text[size:].lstrip()

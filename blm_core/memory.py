@@ -16,7 +16,7 @@ from tqdm import tqdm
 from blm_core.clean import fold, words
 
 N_WORDS = 4
-CANDIDATES = 100  # stories that share most four-word runs for their length; the nearest is looked for among them
+CANDIDATES = 500  # stories that share most four-word runs for their length; the nearest is looked for among them
 _BETWEEN = -1  # stands between stories; no word of a text equals it
 _UNKNOWN = -2  # a word that no story has
 _MIX = np.uint64(0x9E3779B97F4A7C15)
@@ -143,9 +143,18 @@ class Index:
         shared = np.unique(self._owners(found) * len(own) + at) // len(own)  # a run counts once in each story
         stories, counts = np.unique(shared, return_counts=True)
         sizes = np.diff(self.starts, append=len(self.tokens) - N_WORDS)[stories] - 1
-        likely = stories[np.argsort(-counts / (len(own) + sizes), kind="stable")[:CANDIDATES]]
-        scored = [(int(number), *rouge_2(own.tolist(), self._story(number).tolist())) for number in likely]
-        return max(scored, key=lambda item: (item[3], -item[0]))  # of equals the first
+        likely = np.sort(np.argsort(-counts / (len(own) + sizes), kind="stable")[:CANDIDATES])
+        stories, sizes = stories[likely], sizes[likely]
+        wanted, times = np.unique(_pairs(own[:-1], own[1:]), return_counts=True)
+        row = np.repeat(np.arange(len(stories)), sizes - 1)
+        first = np.repeat(self.starts[stories] - np.cumsum(sizes - 1) + sizes - 1, sizes - 1) + np.arange(len(row))
+        pairs = _pairs(self.tokens[first], self.tokens[first + 1])
+        place = np.minimum(np.searchsorted(wanted, pairs), len(wanted) - 1)
+        same = wanted[place] == pairs
+        held = np.bincount(row[same] * len(wanted) + place[same], minlength=len(stories) * len(wanted))
+        shared = np.minimum(held.reshape(len(stories), -1), times).sum(1)
+        best = stories[(2 * shared / (len(own) + sizes - 2)).argmax()]
+        return int(best), *rouge_2(own.tolist(), self._story(best).tolist())
 
 
 def rouge_2(text: Sequence, reference: Sequence) -> tuple[float, float, float]:
@@ -156,6 +165,11 @@ def rouge_2(text: Sequence, reference: Sequence) -> tuple[float, float, float]:
         return 0.0, 0.0, 0.0
     precision, recall = shared / own.total(), shared / other.total()
     return precision, recall, 2 * precision * recall / (precision + recall)
+
+
+def _pairs(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """One number for each pair of words; (n,)."""
+    return (left.astype(np.int64) << 32) + right
 
 
 def _hashes(tokens: np.ndarray) -> np.ndarray:

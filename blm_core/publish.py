@@ -25,7 +25,7 @@ class PublishError(RuntimeError):
     """A preset that is not ready to be published."""
 
 
-def record(preset: Preset, section: str, **values: str) -> None:
+def record(preset: Preset, section: str, /, **values: str) -> None:
     """Keep `values`, formatted as the report shall print them, as `section.name` for the prose."""
     path = preset.folder / "results.json"
     results = read_json(path, {})

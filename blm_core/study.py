@@ -1,56 +1,137 @@
-"""The experiments: each a question, what is varied, what is held fixed, and its runs.
+"""The experiments: each a question, its variants, and what is tuned anew for each of them.
 
-Every run is a folder `runs/STUDY/RUN/` with its configuration, metrics and summary; a failed one has a summary that says
-why. What is finished is found and not repeated. Tables and figures are made from these folders alone, by 04_train.
+All runs start from the preset `study`; what a variant does not change is held fixed. A run is a folder, named by what it
+changes, with its configuration, metrics and summary; a failed one has a summary that says why. What is finished is found
+and not repeated, and one run may serve several studies. Tables and figures are made from these folders alone, by 04_train.
 """
 
+import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from blm_core import config, pipeline, train
-from blm_core.config import ROOT, ConfigError
+from blm_core.config import ROOT, ConfigError, Preset
 from blm_core.files import read_json, write_json
 
-RUNS = ROOT / "runs"
+RUNS = ROOT / "runs" / "study"
 
 
 @dataclass(frozen=True)
 class Study:
-    """One question. `runs` maps a run's name to what it changes in the preset `study`."""
+    """One question. `variants` maps a name to what it changes; each is run at each of its learning rates."""
 
     name: str
     question: str
-    varied: str
-    tuned: str  # what is chosen anew for each variant
-    runs: dict[str, tuple[str, ...]]
+    variants: dict[str, str]
+    learning_rates: dict[str, tuple[float, ...]] | tuple[float, ...]
+
+    @property
+    def runs(self) -> list[tuple[str, Preset]]:
+        """The variant of each run, and its preset."""
+        rates = self.learning_rates
+        return [
+            (variant, config.override(config.load("study"), [*changes.split(), f"train.learning_rate={rate:g}"]))
+            for variant, changes in self.variants.items()
+            for rate in (rates[variant] if isinstance(rates, dict) else rates)
+        ]
 
 
-def _grid(variants: dict[str, str], rates: dict[str, tuple[float, ...]] | tuple[float, ...]) -> dict[str, tuple[str, ...]]:
-    """Every variant at each of its learning rates."""
-    return {
-        f"{name}-lr{rate:g}": (*changes.split(), f"train.learning_rate={rate:g}")
-        for name, changes in variants.items()
-        for rate in (rates[name] if isinstance(rates, dict) else rates)
-    }
-
-
+RATES = (8e-3, 1.6e-2)
 STUDIES = [
     Study(
         "optimizer",
-        "Muon or AdamW, and at which learning rate?",
-        "the optimizer of the blocks' matrices",
-        "the learning rate",
-        _grid(
-            {"muon": "train.optimizer=muon", "adamw": "train.optimizer=adamw"},
-            {"muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2)},
-        ),
+        "Muon or AdamW for the matrices of the blocks, and at which learning rate?",
+        {"muon": "", "adamw": "train.optimizer=adamw"},
+        {"muon": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "adamw": (2e-3, 4e-3, 8e-3, 1.6e-2)},
     ),
     Study(
         "packing",
         "Does it help to forbid attention between the stories of a window?",
-        "the attention mask",
-        "nothing: the mask does not change the scale of any gradient",
-        {"isolated": ("train.isolate_stories=true",), "shared": ()},
+        {"shared": "train.isolate_stories=false", "isolated": ""},
+        RATES,
+    ),
+    Study(
+        "seeds",
+        "How far do runs differ that differ in nothing but the seed?",
+        {f"seed {seed}": f"train.seed={seed}" for seed in range(1, 6)},
+        (1.6e-2,),
+    ),
+    Study(
+        "schedule",
+        "Cosine, or warm-up, stable and decay? Does an average of the weights help?",
+        {
+            "cosine": "",
+            "cosine, averaged": "train.weight_average=0.98",
+            "stable, then decay over 50 %": "train.schedule=wsd train.decay_share=0.5",
+            "stable, then decay over 20 %": "train.schedule=wsd",
+        },
+        (1.6e-2,),
+    ),
+    Study(
+        "batch",
+        "How many windows in a step, at equal tokens?",
+        {
+            "4 windows": "train.batch_size=4 train.micro_batch_size=4 train.steps=500 train.warmup_steps=50",
+            "8 windows": "",
+            "16 windows": "train.batch_size=16 train.steps=125 train.warmup_steps=12",
+        },
+        RATES,
+    ),
+    Study(
+        "shape",
+        "Deep or wide, at about equal parameters?",
+        {
+            "2 layers of 128": "model.n_layers=2 model.d_model=128 model.n_heads=4 model.n_kv_heads=4 model.d_ff=320",
+            "4 layers of 96": "",
+            "8 layers of 64": "model.n_layers=8 model.d_model=64 model.n_heads=2 model.n_kv_heads=2 model.d_ff=208",
+        },
+        RATES,
+    ),
+    Study(
+        "vocabulary",
+        "How many pieces, at equal tokens and so at about equal computation in the blocks?",
+        {f"{size} pieces": f"tokenizer.vocab_size={size}" for size in (1024, 2048, 4096)},
+        RATES,
+    ),
+    Study(
+        "block",
+        "What does each part of the Llama block bring over that of GPT-2?",
+        {
+            "Llama": "",
+            "learned positions": "model.position=learned",
+            "LayerNorm": "model.norm=layer",
+            "GELU feed-forward": "model.feed_forward=gelu model.d_ff=384",
+            "GPT-2 block": "model.position=learned model.norm=layer model.feed_forward=gelu model.d_ff=384",
+        },
+        RATES,
+    ),
+    Study(
+        "few-data",
+        "With 1,000 stories only: how many epochs, how much weight decay and dropout?",
+        {
+            f"{epochs} epochs, decay {decay}, dropout {dropout}": (
+                f"train.max_stories=1000 train.steps={54 * epochs} train.weight_decay={decay} model.dropout={dropout}"
+            )
+            for epochs in (4, 8)
+            for decay in (0.1, 0.5)
+            for dropout in (0.0, 0.1)
+        },
+        (1.6e-2,),
+    ),
+    Study(
+        "scaling",
+        "How does the loss fall with parameters and tokens?",
+        {
+            f"{layers} x {width}, {tokens} M tokens": (
+                f"model.n_layers={layers} model.d_model={width} model.n_heads={width // 32} "
+                f"model.n_kv_heads={width // 32} model.d_ff={width * 8 // 3 // 16 * 16} "
+                f"train.steps={round(tokens * 1e6 / 4096)} train.warmup_steps={round(tokens * 1e6 / 40960)}"
+            )
+            for layers, width in ((2, 32), (2, 64), (3, 96), (4, 128), (6, 160))
+            for tokens in (0.25, 0.5, 1, 2)
+        },
+        (1.6e-2,),
     ),
 ]
 
@@ -65,26 +146,90 @@ def find(name: str) -> Study:
 
 def run(study: Study, folder: Path = RUNS) -> None:
     """Carry out what is missing of `study`."""
-    for name, changes in study.runs.items():
-        target = Path(folder) / study.name / name
+    for _, preset in study.runs:
+        target = Path(folder) / run_name(preset)
         if read_json(target / "summary.json"):
             continue
-        preset = config.override(config.load("study"), list(changes))
         pipeline.tokens(preset)
         try:
             train.train(preset, preset.folder / "tokens", pipeline.tokenizer(preset), target, keep_model=False)
         except train.RunError as error:
-            if not read_json(target / "config.json"):
+            if not (target / "metrics.jsonl").exists():  # it never began
                 raise
-            write_json(target / "summary.json", {"failed": str(error).split(";")[0]})
+            write_json(target / "summary.json", {"failed": str(error)})
 
 
-def results(name: str, folder: Path = RUNS) -> list[dict]:
-    """Name, configuration and summary of every run of the study `name`, in the study's order."""
+def results(study: Study, folder: Path = RUNS) -> list[dict]:
+    """Variant, folder, configuration and summary of every finished run of `study`, in the study's order."""
     found = []
-    for run_name in find(name).runs:
-        target = Path(folder) / name / run_name
+    for variant, preset in study.runs:
+        target = Path(folder) / run_name(preset)
         summary = read_json(target / "summary.json")
         if summary:
-            found.append({"run": run_name, "folder": target, **read_json(target / "config.json"), "summary": summary})
+            found.append({"variant": variant, "folder": target, "summary": summary, **read_json(target / "config.json")})
     return found
+
+
+def run_name(preset: Preset) -> str:
+    """What `preset` changes in the preset `study`, apart from where the data come from."""
+    base = config.PRESETS["study"]
+    changed = []
+    for part in ("tokenizer", "model", "train"):
+        mine, theirs = vars(getattr(preset, part)), vars(getattr(base, part))
+        changed += [
+            f"{key}={mine[key]:g}" if isinstance(mine[key], float) else f"{key}={mine[key]}"
+            for key in mine
+            if mine[key] != theirs[key] and key not in ("sweep", *train.FREE)
+        ]
+    return ",".join(sorted(set(changed))) or "base"
+
+
+def best(runs: list[dict]) -> dict[str, dict]:
+    """Of each variant, the run with the lowest bits per byte; failed runs never are."""
+    chosen: dict[str, dict] = {}
+    for each in runs:
+        value = each["summary"].get("validation_bits_per_byte")
+        if value is not None:
+            before = chosen.get(each["variant"])
+            if before is None or value < before["summary"]["validation_bits_per_byte"]:
+                chosen[each["variant"]] = each
+    return chosen
+
+
+def seed_noise(folder: Path = RUNS) -> float:
+    """Twice the standard deviation of the difference of two runs that differ in the seed; NaN below three seeds."""
+    values = [run["summary"]["validation_bits_per_byte"] for run in results(find("seeds"), folder)]
+    return 2 * 2**0.5 * statistics.stdev(values) if len(values) >= 3 else math.nan
+
+
+def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
+    """A row for each variant: name, bits per byte at its best learning rate, that against the first variant's, the rate
+    and those tried, seconds of all its runs."""
+    runs, noise = results(study, folder), seed_noise(folder)
+    chosen = best(runs)
+    rows: list[tuple[str, ...]] = []
+    for variant in study.variants:
+        mine = [run for run in runs if run["variant"] == variant]
+        if variant not in chosen:
+            rows.append((variant, "failed" if mine else "not run", "", "", ""))
+            continue
+        value = chosen[variant]["summary"]["validation_bits_per_byte"]
+        rates = sorted(f"{run['train']['learning_rate']:g}" for run in mine)
+        rate = f"{chosen[variant]['train']['learning_rate']:g}"
+        rows.append(
+            (
+                variant,
+                f"{value:.4f}",
+                _against(value, chosen.get(next(iter(study.variants))), noise),
+                rate if len(rates) == 1 else f"{rate} of {', '.join(rates)}",
+                f"{sum(run['summary'].get('seconds', 0) for run in mine):.0f}",
+            )
+        )
+    return rows
+
+
+def _against(value: float, first: dict | None, noise: float) -> str:
+    difference = value - first["summary"]["validation_bits_per_byte"] if first else 0
+    if not difference:
+        return ""
+    return f"{difference:+.4f}" + (" (noise)" if abs(difference) < noise else " (noise unknown)" if math.isnan(noise) else "")

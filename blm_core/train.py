@@ -373,7 +373,6 @@ class _Log:
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         with written_aside(path) as aside:
             aside.write_text("".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
         self._board = self._wandb = None
         if config.tensorboard:
             with _needed("tensorboard"):
@@ -385,6 +384,7 @@ class _Log:
                 import wandb
 
             self._wandb = wandb.init(project="blm", dir=str(folder), name=folder.name, resume="allow", id=folder.name)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, **values) -> None:
         self._file.write(json.dumps(values) + "\n")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from blm_core.checkpoint import CheckpointError, load_model, load_state, read_te
 from blm_core.config import ModelConfig
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
+from blm_core.tokenizer import train
 
 SHAPES = {
     "grouped heads": {"n_heads": 4, "n_kv_heads": 2},
@@ -66,8 +68,9 @@ def test_a_saved_model_is_loaded_as_it_was_up_to_bfloat16(saved, tokenizer):
 
 def test_saving_a_loaded_model_changes_nothing(saved, tmp_path):
     save_model(tmp_path / "again", *load_model(saved))
-    names = sorted(path.name for path in saved.iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.model"]
+    names = {path.name for path in saved.iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.model"}
+    assert {path.name for path in (tmp_path / "again").iterdir()} == names
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
 
@@ -239,6 +242,14 @@ def test_a_configuration_that_does_not_fit_is_refused(saved, change):
 def test_a_foreign_configuration_is_refused(saved, content):
     (saved / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"config\.json does not describe a model of this project"):
+        load_model(saved)
+
+
+def test_the_vocabulary_of_another_model_is_refused(saved, tokenizer, tmp_path):
+    learned = train((f"Story {n}: a hen, a fox and {n} eggs." for n in range(30)), tmp_path / "other.model", 300)
+    assert len(learned) != len(tokenizer)
+    shutil.copyfile(learned.path, saved / "tokenizer.model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model has 300 pieces"):
         load_model(saved)
 
 

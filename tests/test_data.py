@@ -343,20 +343,23 @@ def peak_memory(folder: Path, n_shards: int) -> int:
     shards = {f"data{i:02}": records(story(f"{i} {j}", words=240) for j in range(800)) for i in range(n_shards)}
     archive = pack(folder / "a.tar.gz", shards)
     code = (
-        "import resource, sys; from pathlib import Path\n"
+        "import re, resource, sys; from pathlib import Path\n"
         "from blm_core.config import DataConfig; from blm_core.data import prepare\n"
         "if __name__ == '__main__':\n"
         "    prepare(DataConfig(sys.argv[1], ''), Path(sys.argv[2]))\n"
-        "    print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))\n"
+        # the own peak that `resource` gives may be that of the process which started this one
+        "    own = re.search(r'VmHWM:\\s+(\\d+) kB', Path('/proc/self/status').read_text())[1]\n"
+        "    print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n"
     )
     run = subprocess.run([sys.executable, "-c", code, archive, folder / "data"], capture_output=True, text=True, check=True)
     return max(map(int, run.stdout.split()))
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_archive(tmp_path):
-    small, large = peak_memory(tmp_path / "small", 2), peak_memory(tmp_path / "large", 12)
+    small, large = peak_memory(tmp_path / "small", 2), peak_memory(tmp_path / "large", 10)
     added = sum(path.stat().st_size for path in split_files(tmp_path / "large" / "data", "train")[2:]) / 1024
-    assert added > 8000
+    assert added > 6000
     assert large - small < added / 2
 
 

@@ -83,7 +83,7 @@ def test_wrong_endings_are_about_as_long_as_the_true_one_and_stand_behind_the_sa
 
 def test_the_place_of_the_true_ending_says_nothing_and_a_seed_repeats_the_items(stories):
     items, _ = ending_items(stories)
-    assert {item.truth for item in items} == {0, 1, 2, 3}
+    assert {item.truth for seed in range(5) for item in ending_items(stories, seed)[0]} == {0, 1, 2, 3}
     assert ending_items(stories)[0] == items
     assert ending_items(stories, seed=1)[0] != items
     assert ending_items(stories, limit=5)[0] == items[:5]

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from blm_core import judge
+from blm_core.__main__ import main
 from blm_core.config import ConfigError
 from blm_core.judge import Endpoint, Form, Judge, JudgeError, comparable, items, pairs, parse_answer, read_marks
 from blm_core.judge import endpoint_from_environment as from_environment
@@ -68,6 +69,11 @@ def test_every_completion_is_paired_with_ours_on_its_prompt_sample_by_sample(rec
     assert len([pair for pair in found if pair.models == ("blm", "peer")]) == 4
     assert sorted(pair.sample for pair in found if pair.prompt.startswith("A snail of 0")) == [0, 0, 1]
     assert alone == {"rival": 0, "peer": 0}
+
+
+def test_a_prompt_has_one_name_however_it_is_written(recordings):
+    found, _ = pairs(*recordings)
+    assert found[0].prompt_id == judge.prompt_id("A snail of 0\n years met  a bright") != judge.prompt_id("A snail of")
 
 
 def test_completions_without_a_partner_are_counted(recordings, tmp_path):
@@ -579,3 +585,53 @@ def test_the_endpoint_comes_from_the_environment(monkeypatch):
     assert from_environment(price_in=2).price_in == 2
     with pytest.raises(ConfigError, match="needs the prices"):
         from_environment(ceiling=5)
+
+
+# Commands
+
+
+def run(*arguments):
+    return main(["judge", *map(str, arguments)])
+
+
+def test_sheets_go_out_and_come_back_by_command(recordings, tmp_path, capsys):
+    ours, theirs = recordings
+    key, out = tmp_path / "key.json", tmp_path / "out"
+    given = ("--key", key, "--ours", ours, "--theirs", theirs, "--seed", 3)
+    assert run("--export", tmp_path / "s.jsonl", *given) == 0
+    assert "rival: 6 pairs, 0 completions without a partner" in capsys.readouterr().out
+    assert run("--export", tmp_path / "s.jsonl", *given, "--parts") == 0
+    rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()[1:]]
+    parts = [(tmp_path / f"s-{part}.jsonl").read_text().splitlines()[1:] for part in (1, 2)]
+    assert [json.loads(line) for part in parts for line in part] == rows
+    marks = [{"id": row["id"], "a": MARKS, "b": MARKS, "preferred": "a" if "moth" in row["a"] else "b"} for row in rows]
+    one, two = lines(tmp_path / "one.jsonl", marks[:10]), lines(tmp_path / "two.jsonl", marks[10:])
+    assert run("--import", one, "--key", key, "--rater", "r", "--out", out) == 1
+    assert f"without marks: {marks[10]['id']}" in capsys.readouterr().err
+    assert not out.exists()
+    assert run("--import", one, two, "--key", key, "--rater", "r", "--out", out) == 0
+    assert {rating.winner for rating in read_ratings(out / "r.jsonl")} == {"blm"}
+    assert run("--export", tmp_path / "s.jsonl", *given[:-1], 4) == 1
+    assert "not this sheet's key" in capsys.readouterr().err
+    assert run("--import", one) == 1
+    assert "--key, --out, --rater must be given" in capsys.readouterr().err
+
+
+def test_an_endpoint_is_asked_by_command_and_goes_on_where_it_stopped(recordings, server, tmp_path, monkeypatch, capsys):
+    for name, value in (("URL", server.url), ("MODEL", "org/judge 1")):
+        monkeypatch.setenv(f"BLM_JUDGE_{name}", value)
+    monkeypatch.setenv("BLM_BUILD", str(tmp_path / "build"))
+    out = tmp_path / "out"
+    given = ("--endpoint", "--ours", recordings[0], "--theirs", recordings[1], "--out", out, "--requests-per-minute", 1e9)
+    server.answers = [says("no")] * 3 + [says()] * 4 + [status(403)]
+    assert run(*given) == 1
+    assert "HTTP status 403" in capsys.readouterr().err
+    assert len(read_ratings(out / "org-judge-1.part.jsonl")) == 4
+    server.answers = [says()]
+    assert run(*given) == 0
+    assert len(read_ratings(out / "org-judge-1.jsonl")) == 19
+    assert not (out / "org-judge-1.part.jsonl").exists()
+    outcome = json.loads((out / "org-judge-1.outcome.json").read_text())
+    assert list(outcome["refused"].values()) == [3]
+    assert (outcome["asked"], outcome["reused"], outcome["left"]) == (15, 7, [])
+    assert run(*given) == 0

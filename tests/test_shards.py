@@ -166,7 +166,9 @@ def test_the_blank_line_share_of_training_stories_is_written_with_two_newlines(t
 @pytest.fixture
 def vocabulary(tmp_path):
     """Learn 310 pieces from what lies in `tmp_path`, or find them."""
-    stories = [f"The {a} saw a {b} {c}.\nIt ran." for a in ("goat", "hen", "fox") for b in ("wet", "dry") for c in ("hill", "log")]
+    stories = [
+        f"The {a} saw a {b} {c}.\nIt ran." for a in ("goat", "hen", "fox") for b in ("wet", "dry") for c in ("hill", "log")
+    ]
     write_stories(tmp_path, train=[stories])
 
     def prepare(vocab_size=300, max_stories=100, split_hash="0"):

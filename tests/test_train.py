@@ -1,0 +1,497 @@
+"""Training: the same loss curve however it is cut, killed or shared, and errors that say where a run stands."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from blm_core import config, train
+from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model
+from blm_core.config import ConfigError, Preset
+from blm_core.files import read_json, write_json
+from blm_core.model import LanguageModel
+from blm_core.optimizer import learning_rate, make_optimizers
+from blm_core.train import DivergedError, RunError
+
+TINY = [
+    *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=32", "model.seq_len=32"),
+    *("train.steps=12", "train.batch_size=8", "train.micro_batch_size=8", "train.warmup_steps=3", "train.dtype=float32"),
+    *("train.log_every=2", "train.eval_every=6", "train.eval_stories=2"),
+]
+EVERYTHING = ["model.dropout=0.2", "train.weight_average=0.8", "train.optimizer=muon", "train.micro_batch_size=4"]
+ABLATION = ["model.norm=layer", "model.position=learned", "model.feed_forward=gelu"]
+MEASURED = ("tokens_per_second", "data_share", "memory_gb", "power_w", "mfu")  # differ from run to run
+
+
+def tiny(smoke: Preset, *settings: str) -> Preset:
+    return config.override(smoke, [*TINY, *settings])
+
+
+@pytest.fixture
+def run(smoke, tokenizer):
+    """Train the tiny model with some settings in a folder."""
+
+    def carry_out(folder: Path, *settings: str, keep_model: bool = True) -> dict:
+        return train.train(tiny(smoke, *settings), smoke.folder / "tokens", tokenizer, folder, keep_model)
+
+    return carry_out
+
+
+def curve(folder: Path) -> list[dict]:
+    """All that the run logged and that is not a measurement of the machine."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in train.metrics(folder)[0]]
+
+
+@contextlib.contextmanager
+def sigterm_in_step(number: int):
+    """Send SIGTERM to this process at the beginning of its step `number`."""
+    real, calls = train._step, []
+
+    def step(*args):
+        calls.append(None)
+        if len(calls) == number:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "_step", step)
+        yield
+
+
+def interrupted(run, folder: Path, *settings: str, step: int, **options) -> None:
+    with sigterm_in_step(step), pytest.raises(SystemExit):
+        run(folder, *settings, **options)
+
+
+def test_a_run_writes_metrics_a_model_and_a_summary(run, smoke, tmp_path):
+    summary = run(tmp_path)
+    training, evaluated = train.metrics(tmp_path)
+    assert [line["step"] for line in training] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in evaluated] == [6, 12]
+    for line in training:
+        assert line.keys() == {"step", "tokens", "loss", "learning_rate", "gradient_norm", *MEASURED}
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert line["learning_rate"] == learning_rate(line["step"] - 1, tiny(smoke).train)
+        assert line["gradient_norm"] > 0
+        assert line["tokens_per_second"] > 0
+        assert 0 <= line["data_share"] <= 1
+        assert line["memory_gb"] > 0
+        assert line["mfu"] is None  # nobody states a processor's peak
+        assert line["power_w"] is None
+    for line in evaluated:
+        assert line.keys() == {"step", "tokens", "validation_bits_per_byte", "low", "high"}
+        assert 0 < line["low"] <= line["validation_bits_per_byte"] <= line["high"]
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    assert summary == read_json(tmp_path / "summary.json")
+    assert (summary["steps"], summary["tokens"], summary["processes"]) == (12, 12 * 8 * 32, 1)
+    assert summary["loss"] == losses(tmp_path)[-1]
+    assert summary["validation_bits_per_byte"] == evaluated[-1]["validation_bits_per_byte"]
+    assert (summary["torch"], summary["dtype"], summary["validation_split"]) == (torch.__version__, "float32", "validation")
+    model, _ = load_model(tmp_path / "model")
+    assert model.config == tiny(smoke).model
+
+
+def test_the_loss_curve_is_the_same_whatever_the_micro_batch(run, tmp_path):
+    for size in (8, 4, 1):
+        run(tmp_path / str(size), f"train.micro_batch_size={size}")
+    for size in (4, 1):
+        assert losses(tmp_path / str(size)) == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
+        assert curve(tmp_path / str(size))[-1] == pytest.approx(curve(tmp_path / "8")[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("settings", [(), ABLATION], ids=["llama", "gpt2"])
+def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, smoke, settings, tmp_path):
+    preset = tiny(smoke, *settings, "train.micro_batch_size=2")
+    run(
+        tmp_path,
+        *settings,
+        "train.micro_batch_size=2",
+        "train.steps=1",
+        "train.log_every=1",
+        "train.warmup_steps=0",
+        keep_model=False,
+    )
+    stories = train.TokenStories(smoke.folder / "tokens", "train")
+    batch = train.Batches(stories, 32, 8, preset.train.seed).batch(0)
+    model = LanguageModel(preset.model, preset.train.seed)
+    loss = model(batch[:, 0], batch[:, 1])
+    loss.backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()
+    line = train.metrics(tmp_path)[0][0]
+    assert line["loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_the_weight_average_is_the_one_computed_by_hand_and_is_the_model(run, smoke, tmp_path):
+    run(tmp_path / "average", "train.weight_average=0.8", "train.steps=4", "train.warmup_steps=1")
+    preset = tiny(smoke, "train.steps=4", "train.warmup_steps=1")
+    batches = train.Batches(train.TokenStories(smoke.folder / "tokens", "train"), 32, 8, preset.train.seed)
+    model = LanguageModel(preset.model, preset.train.seed)
+    average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizers = make_optimizers(model, preset.train)
+    for step in range(4):
+        inputs, targets, _ = batches.batch(step).unbind(1)
+        model(inputs, targets).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), preset.train.max_grad_norm)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, preset.train)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, weight in model.named_parameters():
+            average[name] = 0.8 * average[name] + 0.2 * weight.detach()
+    state = load_state(tmp_path / "average" / "checkpoint.pt")
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(state["average"][name], average[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(state["model"][name], weight.detach(), atol=1e-5, rtol=1e-4)
+    saved = read_tensors(tmp_path / "average" / "model" / "model.safetensors")
+    assert all(saved[name].equal(state["average"][name].bfloat16()) for name in average)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [("train.dtype=bfloat16",), ("train.isolate_stories=true",), ("train.schedule=wsd",), ("train.optimizer=adamw",)],
+)
+def test_other_ways_to_train_learn_too(run, settings, tmp_path):
+    run(tmp_path, *settings)
+    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
+    state = load_state(tmp_path / "checkpoint.pt")
+    assert {weight.dtype for weight in state["model"].values()} == {torch.float32}
+
+
+def test_an_ablation_is_trained_without_its_model_and_refused_before_the_first_step_with_it(run, smoke, tokenizer, tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.norm='layer'"):
+        run(tmp_path / "kept", *ABLATION)
+    assert not (tmp_path / "kept").exists()
+    summary = run(tmp_path / "run", *ABLATION, keep_model=False)
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "metrics.jsonl", "summary.json"]
+    assert run(tmp_path / "run", *ABLATION, keep_model=False) == summary
+    with pytest.raises(CheckpointError, match="Llama family"):
+        save_model(tmp_path / "model", LanguageModel(tiny(smoke, *ABLATION).model), tokenizer)
+
+
+def test_a_finished_run_is_loaded_and_not_repeated(run, tmp_path):
+    summary = run(tmp_path)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
+    assert run(tmp_path) == summary
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("setting", "named"),
+    [
+        ("train.seed=7", r"train\.seed: 1 there, 7 here"),
+        ("model.d_ff=48", r"model\.d_ff: 32 there, 48 here"),
+        ("train.optimizer=adamw", r"train\.optimizer: 'muon' there, 'adamw' here"),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused_by_what_differs(run, setting, named, tmp_path):
+    interrupted(run, tmp_path, step=1)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(RunError, match=named):
+        run(tmp_path, setting)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_stories_in_the_same_folder_are_refused(run, smoke, tokenizer, tmp_path):
+    interrupted(run, tmp_path / "run", step=1)
+    shutil.copytree(smoke.folder / "tokens", tmp_path / "tokens")
+    manifest = read_json(tmp_path / "tokens" / "manifest.json")
+    manifest["tokens"]["train"] += 1
+    write_json(tmp_path / "tokens" / "manifest.json", manifest)
+    with pytest.raises(RunError, match=r"data\.tokens"):
+        train.train(tiny(smoke), tmp_path / "tokens", tokenizer, tmp_path / "run")
+
+
+def test_a_run_without_stories_says_what_to_run_first(smoke, tokenizer, tmp_path):
+    with pytest.raises(RunError, match="02_tokenizer"):
+        train.train(tiny(smoke), tmp_path, tokenizer, tmp_path / "run")
+
+
+def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, tmp_path):
+    run(tmp_path / "whole")
+    interrupted(run, tmp_path / "parts", step=5)
+    run(tmp_path / "parts", "train.micro_batch_size=2", "train.checkpoint_minutes=0", "train.device=cpu")
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+
+
+@pytest.mark.parametrize("step", [1, 5, 6], ids=["first step", "between two log lines", "step of a log line"])
+def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step, tmp_path):
+    run(tmp_path / "whole", *EVERYTHING)
+    handler = signal.getsignal(signal.SIGTERM)
+    with sigterm_in_step(step), pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "parts", *EVERYTHING)
+    assert str(stopped.value) == (
+        f"stopped by SIGTERM after step {step}; {tmp_path / 'parts' / 'checkpoint.pt'} continues from there."
+    )
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert load_state(tmp_path / "parts" / "checkpoint.pt")["step"] == step
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    run(tmp_path / "parts", *EVERYTHING)
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert (tmp_path / "parts/model/model.safetensors").read_bytes() == (
+        tmp_path / "whole/model/model.safetensors"
+    ).read_bytes()
+
+
+def test_sigterm_in_the_last_step_lets_the_run_finish(run, tmp_path):
+    with sigterm_in_step(12):
+        assert run(tmp_path)["steps"] == 12
+
+
+KILLED = """
+import itertools, json, os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from blm_core import config, train
+from blm_core.tokenizer import Tokenizer
+
+folder, tokens, vocabulary, settings = sys.argv[1:]
+torch.set_num_threads(1)
+preset = config.override(config.load("smoke"), json.loads(settings))
+folder, tokenizer = Path(folder), Tokenizer(Path(vocabulary))
+results = open(os.dup(1), "w", buffering=1)
+
+def child(target, file_event):
+    # Dies at its `file_event`-th opening, renaming or removing of a file of the run, or, where that is None, not by itself.
+    pid = os.fork()
+    if pid == 0:
+        count = itertools.count(1)
+        def watch(event, args):
+            if event in ("open", "os.rename", "os.remove") and str(target) in str(args) and next(count) == file_event:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
+        train.train(preset, Path(tokens), tokenizer, target)
+        os._exit(0)
+    return pid
+
+def outcome(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+began = time.perf_counter()
+print(json.dumps(["whole", outcome(child(folder / "whole", None))]), file=results)
+seconds = time.perf_counter() - began
+for file_event in itertools.count(1):
+    code = outcome(child(folder / "files", file_event))
+    print(json.dumps(["files", code]), file=results)
+    if code == 0:
+        break
+for share in (0.1, 0.4, 0.7, 0.9, 0.5, 0.8):
+    pid = child(folder / "times", None)
+    time.sleep(share * seconds)
+    os.kill(pid, signal.SIGKILL)
+    print(json.dumps(["times", outcome(pid)]), file=results)
+print(json.dumps(["times", outcome(child(folder / "times", None))]), file=results)
+"""
+
+
+def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(smoke, tokenizer, tmp_path):
+    settings = [*TINY, *EVERYTHING, "train.checkpoint_minutes=0"]
+    arguments = [str(tmp_path), str(smoke.folder / "tokens"), str(tokenizer.path), json.dumps(settings)]
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
+    by_file = [code for name, code in outcomes if name == "files"]
+    assert set(by_file[:-1]) == {-signal.SIGKILL}  # at every change to a file of the run, one after the other
+    assert len(by_file) > 10
+    assert [code for name, code in outcomes if name == "times"][0] == -signal.SIGKILL
+    assert outcomes[-1] == ["times", 0]
+    for name in ("files", "times"):
+        assert curve(tmp_path / name) == curve(tmp_path / "whole")
+        assert (tmp_path / name / "model/model.safetensors").read_bytes() == (
+            tmp_path / "whole/model/model.safetensors"
+        ).read_bytes()
+        assert not list((tmp_path / name).glob(".*.tmp"))
+
+
+SHARED = """
+import json, os, signal, sys, threading
+from pathlib import Path
+import torch
+from blm_core import config, train
+from blm_core.tokenizer import Tokenizer
+
+folder, tokens, vocabulary, settings, stop_in = sys.argv[1:]
+torch.set_num_threads(1)
+real, calls = train._step, []
+
+def step(*args):
+    calls.append(None)
+    if len(calls) == int(stop_in) and os.environ["RANK"] == "0":
+        handler, arrived = signal.getsignal(signal.SIGTERM), threading.Event()
+        signal.signal(signal.SIGTERM, lambda *signalled: (handler(*signalled), arrived.set()))
+        os.kill(os.getppid(), signal.SIGTERM)  # torchrun hands it on to every process, whatever its step
+        assert arrived.wait(60)
+    return real(*args)
+
+train._step = step
+preset = config.override(config.load("smoke"), json.loads(settings))
+train.train(preset, Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
+"""
+
+
+@pytest.fixture
+def torchrun(smoke, tokenizer, tmp_path):
+    """Run two processes on this machine, as torchrun does; `stop_in` is a step in which torchrun gets SIGTERM."""
+
+    def launch(folder: Path, *settings: str, stop_in: int = 0) -> subprocess.CompletedProcess:
+        script = tmp_path / "shared.py"
+        script.write_text(SHARED)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        arguments = [
+            str(folder),
+            str(smoke.folder / "tokens"),
+            str(tokenizer.path),
+            json.dumps([*TINY, *settings]),
+            str(stop_in),
+        ]
+        return subprocess.run(
+            [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+            + ["--master-addr", "127.0.0.1", "--master-port", str(port), str(script), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT)},
+        )
+
+    return launch
+
+
+def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in_between(run, torchrun, tmp_path):
+    settings = ["train.weight_average=0.8", "train.micro_batch_size=2"]
+    run(tmp_path / "one", *settings)
+    stopped = torchrun(tmp_path / "two", *settings, stop_in=3)
+    assert stopped.returncode != 0
+    assert f"{tmp_path / 'two' / 'checkpoint.pt'} continues from there" in stopped.stderr
+    assert 2 < load_state(tmp_path / "two" / "checkpoint.pt")["step"] < 12
+    finished = torchrun(tmp_path / "two", *settings)
+    assert finished.returncode == 0, finished.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert two == pytest.approx(one, rel=1e-2)
+    assert read_json(tmp_path / "two" / "summary.json")["processes"] == 2
+
+
+def test_micro_batches_that_do_not_divide_the_share_of_a_process_are_refused(smoke, tokenizer, tmp_path):
+    here = train.Processes(rank=0, world_size=2, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="2 processes with micro-batches of 8"):
+        train._run(tiny(smoke), smoke.folder / "tokens", tokenizer, tmp_path, True, here, [])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_checkpoint(run, tmp_path):
+    absurd = ["train.learning_rate=1e30", "train.warmup_steps=0", "train.log_every=1"]
+    with pytest.raises(DivergedError, match=r"in step [2-4] at learning rate \d\.\d\de\+\d\d; last good checkpoint: none yet"):
+        run(tmp_path / "late", *absurd)
+    with pytest.raises(DivergedError) as stopped:
+        run(tmp_path / "early", *absurd, "train.checkpoint_minutes=0")
+    assert f"last good checkpoint: {tmp_path / 'early' / 'checkpoint.pt'}" in str(stopped.value)
+    state = load_state(tmp_path / "early" / "checkpoint.pt")
+    assert f"in step {state['step'] + 1} " in str(stopped.value)
+    assert all(torch.isfinite(weight).all() for weight in state["model"].values())
+    assert all("NaN" not in line for line in (tmp_path / "early" / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command to make a small disk with")
+    if mounted.returncode:
+        pytest.skip(f"a small disk may not be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_there_is_room(run, small_disk, tmp_path):
+    run(tmp_path / "whole")
+    interrupted(run, small_disk / "run", step=5)
+    checkpoint = small_disk / "run" / "checkpoint.pt"
+    before = checkpoint.read_bytes()
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - len(before) // 2))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt could not be written: .*No space left on device"):
+        run(small_disk / "run", "train.checkpoint_minutes=0")
+    assert checkpoint.read_bytes() == before
+    assert not list(checkpoint.parent.glob(".*.tmp"))
+    filler.unlink()
+    run(small_disk / "run")
+    assert curve(small_disk / "run") == curve(tmp_path / "whole")
+
+
+def test_what_a_killed_process_left_behind_is_removed(run, tmp_path):
+    interrupted(run, tmp_path, step=3)
+    (tmp_path / ".checkpoint.pt.123.tmp").write_bytes(b"half a checkpoint")
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"step": 4, "tokens": 10')
+    run(tmp_path)
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert [line["step"] for line in train.metrics(tmp_path)[0]] == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_checkpoint_that_is_not_one_is_refused_and_not_overwritten(run, tmp_path):
+    interrupted(run, tmp_path, step=3)
+    (tmp_path / "checkpoint.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is not a training state"):
+        run(tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"no checkpoint"
+
+
+UNCOMPILED = """
+import sys, warnings
+from pathlib import Path
+from blm_core import config, train
+from blm_core.tokenizer import Tokenizer
+
+folder, tokens, vocabulary, *settings = sys.argv[1:]
+warnings.simplefilter("always")
+train.train(config.override(config.load("smoke"), settings), Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
+"""
+
+
+def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tmp_path):
+    run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0")
+    places = [str(tmp_path / "compiled"), str(smoke.folder / "tokens"), str(tokenizer.path)]
+    settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true"]
+    without = {"CXX": "/no/compiler", "CC": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", UNCOMPILED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "torch.compile does not work here, training goes on without it" in done.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_asked_for_and_not_installed_is_named(run, package, tmp_path):
+    with contextlib.suppress(ImportError):
+        __import__(package)
+        pytest.skip(f"{package} is installed")
+    with pytest.raises(RunError, match=rf"train\.{package}=true cannot be followed.*Install the package {package}"):
+        run(tmp_path, f"train.{package}=true")
+    assert run(tmp_path)["steps"] == 12
+
+
+def test_trackers_are_not_imported_unless_asked_for(run, tmp_path):
+    run(tmp_path)
+    assert "wandb" not in sys.modules
+    assert "torch.utils.tensorboard" not in sys.modules
