@@ -34,7 +34,7 @@ run: notebooks $(QUARTO_TRIED)
 	@if command -v quarto >/dev/null; then \
 	    quarto render --log-level warning && echo "report       _report/index.html, of the committed run"; \
 	else \
-	    $(BIN)/python -m nbconvert --to html --log-level WARN --output-dir $(RESULTS)/html $(RESULTS)/notebooks/*.ipynb && \
+	    $(BIN)/python -m nbconvert --to html --log-level ERROR --output-dir $(RESULTS)/html $(RESULTS)/notebooks/*.ipynb && \
 	    echo "report       not rendered, as Quarto is not here and cannot be installed; see $(RESULTS)/html"; \
 	fi
 
@@ -71,7 +71,7 @@ suite: $(READY)
 $(VENV)/ready: $(CONSTRAINTS) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.11, or name one by PYTHON=" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e ".[comparison,notebooks,dev]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c $(CONSTRAINTS) -e ".[comparison,notebooks,dev]"
 	@touch $@
 
 # Quarto's package downloads a release while it is built, which fails where only a package registry can be reached.

@@ -180,7 +180,7 @@ def _evaluate(args) -> None:
     model, tokenizer = load_model(args.model, args.device)
     result = score(model, tokenizer, stories)[0].as_dict() | {"model": str(args.model), "normalised": args.normalise}
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps({key: None if value != value else value for key, value in result.items()}))  # JSON has no NaN
     else:
         print(f"{result['stories']:,} stories, {result['bytes']:,} bytes, {result['tokens']:,} tokens")
         print(f"{result['bits_per_byte']:.4f} bits per byte [{result['low']:.4f}, {result['high']:.4f}] 95 % bootstrap")

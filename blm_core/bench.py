@@ -6,7 +6,6 @@
 - A figure that this machine cannot give has `not_measured`, why, and `command`, which fills it elsewhere.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -38,7 +37,7 @@ from blm_core.hardware import (
     fast_bfloat16,
     memory,
     mfu,
-    precision,
+    reset_memory,
     resolve_dtype,
 )
 from blm_core.model import LanguageModel, flops_per_token, parameter_counts
@@ -48,6 +47,7 @@ from blm_core.recording import versions
 from blm_core.shards import TokenStories
 from blm_core.train import Processes, _compiled, _step
 
+BENCHMARKS = ROOT / "runs" / "bench"
 PARTS = ("data", "forward", "backward", "optimizer")
 MOST_FLOPS_ON_CPU = 2e12  # of one step: above, it takes minutes
 FIRST_MICRO_BATCH = 8  # smaller ones leave any GPU idle
@@ -241,8 +241,7 @@ def _with_micro_batch(preset: Preset, size: int) -> Preset:
 
 
 def _bench_training(preset: Preset, device: torch.device, effort: Effort, compile: bool) -> dict:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    reset_memory(device)
     with Loop(preset, device, compile) as loop:
         if compile and not loop.compiled:
             return {"mode": "compiled", "not_measured": loop.why_eager}
@@ -351,7 +350,7 @@ def bench_encoding(effort: Effort) -> dict:
     """Encoding in a pool of two processes against one, in MB of text per second, start of the processes included."""
     preset = configuration.load("smoke")
     pipeline.stories(preset)
-    own = [story for story, _ in data.read_split(preset.folder / "data", "train")]
+    own = list(data.read_split(preset.folder / "data", "train"))
     tokenizer, name = pipeline.tokenizer(preset), "smoke"
     size = sum(len(story.encode()) for story in own)
     copies = max(2, round(effort.megabytes * 1e6 / size))
@@ -501,6 +500,7 @@ def bench(names: list[str] | None = None, device: str = "auto", effort: Effort |
         )
     return {
         "device": device_name(where),
+        "device_type": where.type,
         "cpu": device_name(cpu),
         "versions": versions(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -512,9 +512,9 @@ def bench(names: list[str] | None = None, device: str = "auto", effort: Effort |
 
 
 def default_path(result: dict) -> Path:
-    """`runs/bench/DEVICE.json`."""
+    """Where the benchmarks are kept, one for each device."""
     name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
-    return ROOT / "runs" / "bench" / f"{name}.json"
+    return BENCHMARKS / f"{name}.json"
 
 
 def save(result: dict, path: Path | None = None) -> Path:
@@ -527,13 +527,13 @@ def save(result: dict, path: Path | None = None) -> Path:
 def read(path: Path) -> dict:
     """What `save` wrote. Raises ConfigError where `path` holds anything else."""
     result = read_json(path)
-    if not isinstance(result, dict) or not {"device", "training", "ratios"} <= set(result):
+    if not isinstance(result, dict) or not {"device", "device_type", "training", "ratios"} <= set(result):
         raise ConfigError(f"{path} holds no benchmark. Make one with `python -m blm_core bench --out {path}`.")
     return result
 
 
 def tables(result: dict) -> str:
-    """`result` in Markdown: the machine, a table of training and one of ratios, then what was not measured and how it can be."""
+    """`result` in Markdown: the machine, a table of training and one of ratios, then what is missing and how to get it."""
     software = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     parts = [
         f"{result['device']}" + (f"; CPU: {result['cpu']}" if result["cpu"] != result["device"] else ""),
@@ -571,7 +571,7 @@ def training_table(result: dict) -> tuple[tuple, list[tuple]]:
         if "not_measured" in row:
             rows.append((*first, row.get("mode", ""), *[NOT_MEASURED] * (len(header) - 3)))
             continue
-        mode = f"{row['mode']}, {row['dtype']}, {row['micro_batch_size']} × {row['seq_len']}"
+        mode = f"{row['mode']}, {row['dtype']}, {row['micro_batch_size']} x {row['seq_len']}"
         energy = row["joules_per_token"]
         rows.append(
             (

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from blm_core import export
-from blm_core.config import ConfigError, ModelConfig
+from blm_core.config import ModelConfig
 from blm_core.files import read_json, write_json, written_aside
 from blm_core.model import LanguageModel
-from blm_core.tokenizer import Tokenizer
+from blm_core.tokenizer import Tokenizer, TokenizerError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16}
 LLAMA = {  # our names: those of Llama's config.json
@@ -61,8 +61,11 @@ def llama_config(config: ModelConfig, eot: int) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write float32 or bfloat16 tensors as a safetensors file."""
+    """Write float32 or bfloat16 tensors as a safetensors file. Raises CheckpointError for other types."""
     names = {dtype: name for name, dtype in DTYPES.items()}
+    foreign = sorted({str(tensor.dtype) for tensor in tensors.values() if tensor.dtype not in names})
+    if foreign:
+        raise CheckpointError(f"{path} cannot hold tensors of {', '.join(foreign)}; convert them to float32 or bfloat16.")
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, tensor in tensors.items():
         size = tensor.numel() * tensor.element_size()
@@ -83,24 +86,32 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         (size,) = struct.unpack("<Q", raw[:8])
         header, body = json.loads(raw[8 : 8 + size]), raw[8 + size :]
         header.pop("__metadata__", None)
-        tensors = {}
-        for name, entry in header.items():
+        tensors, read = {}, 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             start, end = entry["data_offsets"]
+            if start != read:
+                raise ValueError(f"{name} begins at byte {start}, {read} was expected")
             data = torch.frombuffer(bytearray(body[start:end]), dtype=DTYPES[entry["dtype"]])
-            tensors[name] = data.reshape(entry["shape"])
+            tensors[name] = data.view([int(side) for side in entry["shape"]])
+            if min(entry["shape"], default=0) < 0 or end - start != data.numel() * data.element_size():
+                raise ValueError(f"{name} of shape {entry['shape']} does not fill bytes {start} to {end}")
+            read = end
+        if read != len(body):
+            raise ValueError(f"its tensors end at byte {read} of {len(body)}")
         return tensors
-    except (struct.error, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, RuntimeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is not a whole safetensors file of float32 or bfloat16 tensors: {error}") from error
 
 
 def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Write `model` in bfloat16, its configuration and its vocabulary into `folder`, as transformers loads them too."""
     folder = Path(folder)
+    config = llama_config(model.config, tokenizer.eot)  # refuses what is no Llama before anything is written
     weights = {name: weight.detach().to(torch.bfloat16) for name, weight in model.state_dict().items()}
     write_tensors(folder / "model.safetensors", weights)
     with written_aside(folder / "tokenizer.model") as aside:
         shutil.copyfile(tokenizer.path, aside)
-    write_json(folder / "config.json", llama_config(model.config, tokenizer.eot))
+    write_json(folder / "config.json", config)
     write_json(folder / "generation_config.json", export.generation_config(tokenizer.eot))
     if tokenizer.is_bpe:  # the fast tokenizers have another unigram
         write_json(folder / "tokenizer_config.json", export.tokenizer_config(model.config.seq_len))
@@ -117,14 +128,22 @@ def load_model(folder: Path, device: str = "cpu") -> tuple[LanguageModel, Tokeni
     try:
         types = {field.name: field.type for field in fields(ModelConfig)}
         config = ModelConfig(**{ours: types[ours](found[theirs]) for ours, theirs in LLAMA.items()})
-    except (KeyError, TypeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # ConfigError is a ValueError
         raise CheckpointError(f"{folder / 'config.json'} does not describe a model of this project: {error}") from error
     model = LanguageModel(config)
     try:
         model.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError as error:
         raise CheckpointError(f"{folder / 'model.safetensors'} does not fit its config.json: {error}") from error
-    return model.eval().to(device), Tokenizer(folder / "tokenizer.model")
+    try:
+        tokenizer = Tokenizer(folder / "tokenizer.model")
+    except TokenizerError as error:
+        raise CheckpointError(str(error)) from error
+    if len(tokenizer) != config.vocab_size:
+        raise CheckpointError(
+            f"{folder / 'tokenizer.model'} has {len(tokenizer)} pieces, config.json says {config.vocab_size}."
+        )
+    return model.eval().to(device), tokenizer
 
 
 def save_state(path: Path, state: dict) -> None:

@@ -108,18 +108,19 @@ class ComparedModel(ABC):
         """Whether the whole of `text` is scored in one context: its last token is predicted, not read."""
         return len(self.encode(text)) <= self.seq_len + 1
 
+    def has_room(self, prompt: str) -> bool:
+        """Whether the context holds the prompt and at least one token more."""
+        return len(self.encode(prompt)) < self.seq_len
+
     def complete(self, prompts: list[str], sampling: Sampling = SAMPLING, n: int = 1) -> list[list[Completion]]:
         """`n` sampled completions of each prompt. Each batch has a seed of its own, counted up from that of `sampling`.
 
         Raises ValueError for a prompt that leaves no room in the context.
         """
+        for prompt in prompts:
+            if not self.has_room(prompt):
+                raise ValueError(f"the prompt {prompt[:40]!r} … leaves no room in the context of {self.name} ({self.seq_len}).")
         encoded = [tokens for prompt in prompts for tokens in [self.encode(prompt)] * n]
-        for prompt, tokens in zip(prompts, encoded[::n], strict=True):
-            if len(tokens) >= self.seq_len:
-                raise ValueError(
-                    f"the prompt {prompt[:40]!r} … of {len(tokens)} tokens leaves no room in the context of {self.name} "
-                    f"({self.seq_len})."
-                )
         done = []
         for number, start in enumerate(range(0, len(encoded), self.batch_size)):
             drawn = self.draw(encoded[start : start + self.batch_size], replace(sampling, seed=sampling.seed + number))
@@ -340,8 +341,15 @@ def record(
 
     One JSON line each: id, group, prompt, sample, completion, tokens, stopped, model, revision, dtype, sampling, seed (of
     its batch), seconds (its share of the batch), device, time, versions. Written batch by batch, so that a break costs one
-    batch at most. Raises RecordingError where `out` was made with other settings or other prompts of the same name.
+    batch at most. Raises RecordingError where `out` was made with other settings or other prompts of the same name, and
+    ValueError before anything is sampled where prompts leave no room in the context.
     """
+    too_long = [prompt.id for prompt in prompts if not model.has_room(prompt.text)]
+    if too_long:
+        raise ValueError(
+            f"{len(too_long)} of {len(prompts)} prompts leave no room in the context of {model.name} ({model.seq_len}): "
+            f"{', '.join(too_long)}."
+        )
     settings = {**model.settings(), "sampling": asdict(sampling)}
     done = {(r["id"], r["sample"]): r for r in resume(out, settings, ("id", "sample", "prompt", "completion"))}
     texts = {prompt.id: prompt.text for prompt in prompts}
@@ -349,26 +357,25 @@ def record(
         if texts.get(name, line["prompt"]) != line["prompt"]:
             raise RecordingError(f"{out} holds another prompt under the id {name}. Name another file.")
     work = [(prompt, sample) for prompt in prompts for sample in range(samples) if (prompt.id, sample) not in done]
-    bar = tqdm(total=len(work), desc=f"recording {model.name}", unit="completion", disable=not work)
-    for start in range(0, len(work), model.batch_size):
-        batch = work[start : start + model.batch_size]
-        first, number = batch[0]
-        digest = hashlib.sha256(f"{sampling.seed} {first.id} {number}".encode()).digest()
-        seed = int.from_bytes(digest[:4], "big")  # another one for every batch, also after a break
-        began = time.perf_counter()
-        completions = model.complete([prompt.text for prompt, _ in batch], replace(sampling, seed=seed))
-        seconds = (time.perf_counter() - began) / len(batch)
-        lines = [
-            {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
-            | {"completion": completion.text, "tokens": completion.tokens, "stopped": completion.stopped}
-            | {**settings, "seed": seed, "seconds": round(seconds, 4), "device": model.device.type}
-            | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
-            for (prompt, sample), (completion,) in zip(batch, completions, strict=True)
-        ]
-        append_lines(out, lines)
-        done |= {(line["id"], line["sample"]): line for line in lines}
-        bar.update(len(batch))
-    bar.close()
+    with tqdm(total=len(work), desc=f"recording {model.name}", unit="completion", disable=not work) as bar:
+        for start in range(0, len(work), model.batch_size):
+            batch = work[start : start + model.batch_size]
+            first, number = batch[0]
+            digest = hashlib.sha256(f"{sampling.seed} {first.id} {number}".encode()).digest()
+            seed = int.from_bytes(digest[:4], "big")  # another one for every batch, also after a break
+            began = time.perf_counter()
+            completions = model.complete([prompt.text for prompt, _ in batch], replace(sampling, seed=seed))
+            seconds = (time.perf_counter() - began) / len(batch)
+            lines = [
+                {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
+                | {"completion": completion.text, "tokens": completion.tokens, "stopped": completion.stopped}
+                | {**settings, "seed": seed, "seconds": round(seconds, 4), "device": model.device.type}
+                | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+                for (prompt, sample), (completion,) in zip(batch, completions, strict=True)
+            ]
+            append_lines(out, lines)
+            done |= {(line["id"], line["sample"]): line for line in lines}
+            bar.update(len(batch))
     return [done[prompt.id, sample] for prompt in prompts for sample in range(samples)]
 
 

@@ -8,6 +8,7 @@
 """
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ class TokenizerConfig:
         _require(self.model_type in ("bpe", "unigram"), "tokenizer.model_type", self.model_type, "bpe or unigram")
         for size in (self.vocab_size, *self.sweep):  # 259 = 256 bytes, unknown, end of text, newline
             _require(300 <= size <= 65_536, "tokenizer.vocab_size", size, "between 300 and 65536 (16-bit tokens)")
+        _require(self.max_stories >= 1, "tokenizer.max_stories", self.max_stories, "at least 1")
         _require(0 <= self.blank_line_share <= 1, "tokenizer.blank_line_share", self.blank_line_share, "in [0, 1]")
 
 
@@ -99,6 +101,8 @@ class ModelConfig:
         _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads=}")
         _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
         _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
+        for name in ("rope_base", "norm_eps", "init_std"):
+            _require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number above 0")
         _require(self.norm in ("rms", "layer"), "model.norm", self.norm, "rms or layer")
         _require(self.position in ("rope", "learned"), "model.position", self.position, "rope or learned")
         _require(self.feed_forward in ("swiglu", "gelu"), "model.feed_forward", self.feed_forward, "swiglu or gelu")
@@ -152,7 +156,13 @@ class TrainConfig:
         )
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
         _require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, at most 1")
-        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "above 0")
+        _require(0 < self.learning_rate < 1, "train.learning_rate", self.learning_rate, "above 0 and below 1")
+        _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate", self.final_learning_rate, "in [0, 1]")
+        for name in ("beta1", "beta2", "momentum"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "in [0, 1)")
+        for name in ("weight_decay", "checkpoint_minutes"):
+            _require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "a number from 0")
+        _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
 
 
 @dataclass(frozen=True)
@@ -168,6 +178,7 @@ class Preset:
     opponent: str = "gpt2-xl"  # hub name or folder, overruled by `BLM_GPT2XL`; "" for none
 
     def __post_init__(self):
+        _require(self.samples >= 1, "samples", self.samples, "at least 1")
         _require(
             self.model.vocab_size == self.tokenizer.vocab_size,
             "model.vocab_size",
@@ -182,7 +193,7 @@ class Preset:
     @property
     def folder(self) -> Path:
         """Where this preset writes; ignored by git."""
-        return Path(os.environ.get("BLM_BUILD", ROOT / "build")) / self.name
+        return Path(os.environ.get("BLM_BUILD") or ROOT / "build") / self.name
 
 
 PRESETS = {

@@ -70,6 +70,15 @@ def memory(device: torch.device) -> float | None:
     return round(int(peak[0]) * 1024 / 1e9, 2) if peak else None
 
 
+def reset_memory(device: torch.device) -> None:
+    """Let the peak that `memory` tells begin anew, where the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
 class EnergyMeter:
     """Joules between `start` and `stop`: of the processor by RAPL counters, of the GPU by the power that nvidia-smi names.
 

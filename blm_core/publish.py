@@ -81,12 +81,15 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
 
 
 def clear_for_publication(cell: dict) -> None:
-    """Clear the outputs that show source text, and progress bars and times wherever they stand."""
+    """Clear the outputs that show source text, and progress bars, times and this machine's paths wherever they stand."""
     if cell["cell_type"] != "code":
         return
     if SOURCE_TEXT in cell["metadata"].get("tags", []):
         cell["outputs"] = []
     cell["outputs"] = [out for out in cell["outputs"] if out.get("name") != "stderr"]
+    for output in cell["outputs"]:
+        if "text" in output:
+            output["text"] = "".join(output["text"]).replace(f"{ROOT}/", "")
     cell["metadata"].pop("execution", None)
 
 

@@ -112,6 +112,13 @@ def test_a_prompt_that_leaves_no_room_is_refused(model):
         model.complete(["the fox", prompt], GREEDY)
 
 
+def test_prompts_too_long_are_named_before_anything_is_recorded(model, tmp_path):
+    prompts = [*PROMPTS, Prompt("endless", "story", " a" * 200)]
+    with pytest.raises(ValueError, match=r"1 of 3 prompts leave no room .*: endless"):
+        record(model, prompts, tmp_path / "out.jsonl", SHORT)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_prompt_is_completed_alike_alone_and_in_a_batch_of_longer_ones(model):
     prompts = ["the", "a hen went to the hill. the fox saw", "the fox saw the hen"]
     together = model.complete(prompts, GREEDY)

@@ -132,7 +132,7 @@ def test_an_interrupted_encoding_is_never_half_used_and_goes_on_where_it_stopped
     broken = tmp_path / "stories" / "train-data01.jsonl"
     whole = broken.read_text()
     broken.write_text(whole[:-10])
-    with pytest.raises(ValueError, match="Unterminated|Expecting"):
+    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
         encode_splits(tmp_path, tokenizer, tmp_path / "tokens", 0.0)
     with pytest.raises(FileNotFoundError, match="no encoded stories"):
         TokenStories(tmp_path / "tokens", "train")
