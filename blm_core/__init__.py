@@ -2,8 +2,9 @@
 
 Modules import in one direction only::
 
-    config -> download, clean, data -> tokenizer, shards -> model -> optimizer -> train
-           -> checkpoint, generate, evaluate -> compare -> publish
+    config -> download, clean, near, data -> tokenizer, shards -> hardware, model -> optimizer, batches -> generate,
+    export, checkpoint -> train, evaluate, pipeline -> study, scaling, bench, plan
+    -> prompts, compare -> endings, text_measures, memory, ratings, judge, cost, inside -> publish
 
 The notebooks import these modules; nothing here imports a notebook, a plotting style or Jupyter.
 """

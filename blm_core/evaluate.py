@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from tqdm import tqdm
 
+from blm_core.bootstrap import ratio_interval
 from blm_core.hardware import precision
 from blm_core.model import LanguageModel
-from blm_core.scoring import bits_per_byte, story_bits
+from blm_core.scoring import story_bits
 from blm_core.tokenizer import Tokenizer
 
 
@@ -43,6 +44,6 @@ def score(
         for start in tqdm(range(0, len(stories), 100), desc="scoring", unit="x100 stories"):
             part = slice(start, start + 100)
             bits[part] = story_bits(model, encoded[part], model.config.seq_len, model.device)
-    value, low, high = bits_per_byte(bits, sizes)
+    value, low, high = ratio_interval(bits, sizes)
     tokens = sum(len(story) - 1 for story in encoded)
     return Score(len(stories), int(sizes.sum()), tokens, value, low, high), bits, sizes

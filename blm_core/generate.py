@@ -60,8 +60,8 @@ def next_tokens(logits: Tensor, sampling: Sampling, generator: torch.Generator) 
 class Decoder:
     """A Llama-like model with the weights laid out for one new token per sequence, in float32.
 
-    The arithmetic is the model's, in fewer and larger calls: matrices that read the same input stand side by side, those of
-    a norm's gain are folded into what follows, and query heads that share a key meet it without copies of it. Later changes
+    The arithmetic is the model's, in fewer and larger calls: matrices that read the same input stand side by side, the gain
+    of a norm is folded into the matrices behind it, and query heads that share a key meet it without copies. Later changes
     of the model's weights are not seen.
     """
 

@@ -54,17 +54,3 @@ def story_bits(
         for (i, *_), nats in zip(batch, losses.sum(1, dtype=torch.float64).tolist(), strict=True):
             bits[i] += nats / math.log(2)
     return bits
-
-
-def bits_per_byte(bits: np.ndarray, sizes: np.ndarray, resamples: int = 10_000, seed: int = 0) -> tuple[float, float, float]:
-    """Bits per byte of a set of stories, and the ends of its 95 % bootstrap interval over stories."""
-    value = bits.sum() / sizes.sum()
-    if len(bits) < 2:
-        return float(value), math.nan, math.nan
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(0, resamples, 500):  # in blocks: 10,000 resamples of many stories would not fit into memory
-        chosen = rng.integers(0, len(bits), size=(500, len(bits)))
-        means.append(bits[chosen].sum(1) / sizes[chosen].sum(1))
-    low, high = np.quantile(np.concatenate(means)[:resamples], [0.025, 0.975])
-    return float(value), float(low), float(high)

@@ -25,13 +25,14 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from blm_core.batches import NOT_SCORED, Batches
+from blm_core.bootstrap import ratio_interval
 from blm_core.checkpoint import llama_config, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.files import read_json, write_json, written_aside
 from blm_core.hardware import device_name, memory, mfu, power, precision, resolve_dtype
 from blm_core.model import LanguageModel, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers
-from blm_core.scoring import bits_per_byte, story_bits
+from blm_core.scoring import story_bits
 from blm_core.shards import TokenStories
 from blm_core.tokenizer import Tokenizer
 
@@ -360,7 +361,7 @@ def _validate(model: LanguageModel, validation, dtype: str) -> tuple[float, floa
     stories, sizes, _ = validation
     with precision(model.device, dtype):
         bits = story_bits(model.eval(), stories, model.config.seq_len, model.device)
-    return bits_per_byte(bits, sizes, resamples=1000)
+    return ratio_interval(bits, sizes, resamples=1000)
 
 
 class _Log:

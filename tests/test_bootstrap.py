@@ -89,3 +89,14 @@ def test_a_verdict_needs_an_interval_on_one_side_of_nothing(low, high, better, e
 def test_numbers_that_make_no_interval_are_refused(call, complaint):
     with pytest.raises(ValueError, match=complaint):
         call()
+
+
+def test_the_interval_holds_the_true_value_about_95_times_in_100():
+    rng = np.random.default_rng(7)
+    covered = 0
+    for _ in range(300):
+        sizes = rng.integers(300, 1500, size=60)
+        bits = sizes * rng.gamma(20, 0.04, size=60)  # 0.8 bits per byte on average
+        _, low, high = ratio_interval(bits, sizes, resamples=500)
+        covered += low <= 0.8 <= high
+    assert 0.90 <= covered / 300 <= 0.99

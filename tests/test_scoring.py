@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from blm_core.config import ModelConfig
 from blm_core.evaluate import score
 from blm_core.model import LanguageModel
-from blm_core.scoring import bits_per_byte, story_bits, windows
+from blm_core.scoring import story_bits, windows
 
 CPU = torch.device("cpu")
 TEXTS = [
@@ -91,45 +91,6 @@ def test_the_bits_of_a_story_do_not_depend_on_other_stories_or_their_order(model
 
 def test_no_stories_have_no_bits(model):
     assert story_bits(model, [], 16, CPU).shape == (0,)
-
-
-def test_bits_per_byte_is_all_bits_over_all_bytes():
-    value, low, high = bits_per_byte(np.array([8.0, 24.0, 4.0]), np.array([4, 4, 10]))
-    assert value == 2.0
-    assert low < value < high
-
-
-def test_the_interval_of_two_stories_is_that_of_their_four_equally_likely_resamples():
-    # (8, 8): 2, twice (8, 24): 4, (24, 24): 6. A quarter of the resamples lies at each end.
-    assert bits_per_byte(np.array([8.0, 24.0]), np.array([4, 4])) == (4.0, 2.0, 6.0)
-
-
-def test_stories_that_are_all_alike_leave_no_doubt_and_one_alone_has_no_interval():
-    assert bits_per_byte(np.full(50, 12.0), np.full(50, 10)) == pytest.approx((1.2, 1.2, 1.2))
-    value, low, high = bits_per_byte(np.array([8.0]), np.array([4]))
-    assert value == 2.0
-    assert math.isnan(low)
-    assert math.isnan(high)
-
-
-def test_the_interval_holds_the_true_value_about_95_times_in_100():
-    rng = np.random.default_rng(7)
-    covered = 0
-    for _ in range(300):
-        sizes = rng.integers(300, 1500, size=60)
-        bits = sizes * rng.gamma(20, 0.04, size=60)  # 0.8 bits per byte on average
-        _, low, high = bits_per_byte(bits, sizes, resamples=500)
-        covered += low <= 0.8 <= high
-    assert 0.90 <= covered / 300 <= 0.99
-
-
-def test_the_interval_narrows_with_the_root_of_the_number_of_stories_and_can_be_repeated():
-    rng = np.random.default_rng(3)
-    sizes = rng.integers(300, 1500, size=1600)
-    bits = sizes * rng.gamma(20, 0.04, size=1600)
-    (_, low, high), (_, low_few, high_few) = bits_per_byte(bits, sizes), bits_per_byte(bits[:100], sizes[:100])
-    assert (high_few - low_few) / (high - low) == pytest.approx(4, rel=0.25)
-    assert bits_per_byte(bits, sizes) == bits_per_byte(bits, sizes)
 
 
 @pytest.fixture(scope="module")
