@@ -34,6 +34,18 @@ def main(arguments: list[str] | None = None) -> int:
     variables.add_argument("--folder", type=Path, default=ROOT)
     command("publish", _publish, "Put executed notebooks, figures, run and model where they are committed.", preset=True)
 
+    bench = command("bench", _bench, "Measure how fast this machine trains, encodes and samples.")
+    bench.add_argument("--presets", help="with commas between them (default: all that fit the machine)")
+    bench.add_argument("--device", default="auto")
+    bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
+    bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
+
+    plan = command("plan", _plan, "What models of several sizes cost to train on an A100, and which fit a budget.")
+    plan.add_argument("--bench", type=Path, help="benchmark of an accelerator (default: that in runs/bench, else assumed)")
+    plan.add_argument("--hours-budget", type=float, default=15.0)
+    plan.add_argument("--price-per-hour", type=float, default=2.0)
+    plan.add_argument("--watts", type=float, default=400.0)
+
     generate = command("generate", _generate, "Write stories.")
     generate.add_argument("--prompt", default="Once upon a time")
     generate.add_argument("--n", type=int, default=1, help="how many stories")
@@ -151,6 +163,25 @@ def _publish(args) -> None:
     from blm_core import publish
 
     publish.publish(_preset(args))
+
+
+def _bench(args) -> None:
+    from blm_core import bench
+
+    names = args.presets.split(",") if args.presets else None
+    result = bench.bench(names, args.device, bench.QUICK if args.quick else bench.Effort())
+    path = bench.save(result, args.out)
+    print(bench.tables(result))
+    print(f"\nwritten to {path}")
+
+
+def _plan(args) -> None:
+    from blm_core import plan, publish
+
+    budget = plan.Budget(args.hours_budget, args.price_per_hour, args.watts)
+    speed = plan.read_speed(args.bench) if args.bench else plan.find_speed()
+    print(publish.markdown_table(*plan.plan_table(plan.plan(speed, budget))))
+    print(f"\n{plan.plan_note(speed, budget)}")
 
 
 def _generate(args) -> None:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import resource
-import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from torch import Tensor
 from blm_core.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2
 from blm_core.config import ROOT
 from blm_core.files import read_json
+from blm_core.hardware import EnergyMeter
 from blm_core.model import KeyValueCache
 from blm_core.prompts import read_prompts
 from blm_core.recording import versions
@@ -220,65 +220,6 @@ def memory() -> dict[str, int]:
         return {"now": int(fields["VmRSS"].split()[0]) * 1024, "peak": int(fields["VmHWM"].split()[0]) * 1024}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"now": 0, "peak": peak if sys.platform == "darwin" else peak * 1024}
-
-
-class EnergyMeter:
-    """Joules between `start` and `stop`: of the processor by RAPL counters, of the GPU by the power that nvidia-smi names.
-
-    What cannot be read is None, and `why` says why.
-    """
-
-    def __init__(self, device: str = "cpu", powercap: Path = Path("/sys/class/powercap"), nvidia_smi: str = "nvidia-smi"):
-        self.why: dict[str, str] = {}
-        self._packages = [
-            folder for folder in sorted(Path(powercap).glob("*-rapl:*")) if folder.name.count(":") == 1
-        ]  # cores and memory below a package (name:0:1) are part of it
-        if not self._packages:
-            self.why["cpu"] = f"{powercap} has no RAPL counters"
-        self._smi = shutil.which(nvidia_smi) if torch.device(device).type == "cuda" else None
-        if not self._smi:
-            self.why["gpu"] = "no GPU was used" if torch.device(device).type != "cuda" else f"{nvidia_smi} is not installed"
-        self._sampler: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        if self._smi:
-            query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
-            self._sampler = subprocess.Popen([self._smi, *query], stdout=subprocess.PIPE, text=True)
-        self._before = self._counters()
-        self._began = time.perf_counter()
-
-    def stop(self) -> dict[str, float | None]:
-        """Joules since `start`, as `cpu` and `gpu`."""
-        seconds = time.perf_counter() - self._began
-        after = self._counters()
-        cpu = None
-        if self._before is not None and after is not None:
-            cpu = 0.0
-            for folder, start in self._before.items():
-                used = after[folder] - start
-                if used < 0:  # the counter has run over
-                    used += int((folder / "max_energy_range_uj").read_text())
-                cpu += used / 1e6
-        gpu = None
-        if self._sampler:
-            self._sampler.terminate()
-            said = self._sampler.communicate()[0].rpartition("\n")[0].splitlines()  # the last line may be half a number
-            powers = [float(line) for line in said if line.strip().replace(".", "", 1).isdigit()]
-            if powers:
-                gpu = statistics.mean(powers) * seconds
-            else:
-                self.why["gpu"] = f"nvidia-smi named no power in {seconds:.1f} s"
-            self._sampler = None
-        return {"cpu": cpu, "gpu": gpu}
-
-    def _counters(self) -> dict[Path, int] | None:
-        if not self._packages:
-            return None
-        try:
-            return {folder: int((folder / "energy_uj").read_text()) for folder in self._packages}
-        except OSError as error:  # readable by root alone on most systems
-            self.why["cpu"] = f"the RAPL counters cannot be read ({error.strerror})"
-            return None
 
 
 def _loaded(spec: dict, settings: CostSettings) -> tuple[torch.nn.Module, Callable[[str], list[int]] | None, dict]:

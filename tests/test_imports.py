@@ -14,7 +14,18 @@ PACKAGE = Path(blm_core.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 EVERYWHERE = {"torch", "numpy", "sentencepiece", "requests", "matplotlib", "tqdm"}
 ON_REQUEST = {"tensorboard", "wandb"}
-COMPARISON = {"compare", "inside", "judge", "memory", "prompts", "text_measures"}  # may also use transformers
+COMPARISON = {
+    "bench",
+    "compare",
+    "cost",
+    "endings",
+    "inside",
+    "judge",
+    "memory",
+    "plan",
+    "prompts",
+    "text_measures",
+}  # may use transformers
 ABOVE_ALL = {"__main__", "publish"}  # they call every part
 
 
