@@ -14,18 +14,8 @@ PACKAGE = Path(blm_core.__file__).parent
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 EVERYWHERE = {"torch", "numpy", "sentencepiece", "requests", "matplotlib", "tqdm"}
 ON_REQUEST = {"tensorboard", "wandb"}
-COMPARISON = {
-    "bench",
-    "compare",
-    "cost",
-    "endings",
-    "inside",
-    "judge",
-    "memory",
-    "plan",
-    "prompts",
-    "text_measures",
-}  # may use transformers
+# These may use transformers, too.
+COMPARISON = {"bench", "compare", "cost", "endings", "inside", "judge", "memory", "plan", "prompts", "text_measures"}
 ABOVE_ALL = {"__main__", "publish"}  # they call every part
 
 
