@@ -161,8 +161,11 @@ def _variables(args) -> None:
 
 def _publish(args) -> None:
     from blm_core import publish
+    from blm_core.card import write_card
 
-    publish.publish(_preset(args))
+    preset = _preset(args)
+    publish.publish(preset)
+    write_card(preset, ROOT / "release")
 
 
 def _bench(args) -> None:

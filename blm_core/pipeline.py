@@ -6,6 +6,9 @@ build/<preset>/tokens     encoded stories         02_tokenizer
 build/<preset>/run        the training run        04_train
 """
 
+import contextlib
+import fcntl
+
 from blm_core import data, shards, train
 from blm_core.config import Preset
 from blm_core.tokenizer import Tokenizer
@@ -13,25 +16,43 @@ from blm_core.tokenizer import Tokenizer
 
 def stories(preset: Preset) -> dict:
     """Clean and split the archive; its manifest."""
-    return data.prepare(preset.data, preset.folder / "data")
+    with _alone(preset):
+        return _stories(preset)
 
 
 def tokenizer(preset: Preset) -> Tokenizer:
     """The vocabulary, after `stories`."""
-    manifest = stories(preset)
-    return shards.prepare_tokenizer(
-        preset.tokenizer, preset.folder / "data", preset.folder / "tokenizer", manifest["split_hash"]
-    )
+    with _alone(preset):
+        return _tokenizer(preset)
 
 
 def tokens(preset: Preset) -> dict:
     """Encoded stories, after `tokenizer`; their manifest."""
-    return shards.encode_splits(
-        preset.folder / "data", tokenizer(preset), preset.folder / "tokens", preset.tokenizer.blank_line_share
-    )
+    with _alone(preset):
+        return shards.encode_splits(
+            preset.folder / "data", _tokenizer(preset), preset.folder / "tokens", preset.tokenizer.blank_line_share
+        )
 
 
 def run(preset: Preset) -> dict:
     """The training run, after `tokens`; its summary."""
     tokens(preset)
     return train.train(preset, preset.folder / "tokens", tokenizer(preset), preset.folder / "run")
+
+
+def _stories(preset: Preset) -> dict:
+    return data.prepare(preset.data, preset.folder / "data")
+
+
+def _tokenizer(preset: Preset) -> Tokenizer:
+    split_hash = _stories(preset)["split_hash"]
+    return shards.prepare_tokenizer(preset.tokenizer, preset.folder / "data", preset.folder / "tokenizer", split_hash)
+
+
+@contextlib.contextmanager
+def _alone(preset: Preset):
+    """One process prepares at a time; the others, of `torchrun` or of a second notebook, wait and find its work."""
+    preset.folder.mkdir(parents=True, exist_ok=True)
+    with open(preset.folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

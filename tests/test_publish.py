@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from blm_core import publish
-from blm_core.config import Preset
+from blm_core.config import ROOT, Preset
 from blm_core.files import read_json, write_json
 from blm_core.publish import NOTEBOOKS, PublishError
 
@@ -37,7 +37,7 @@ def notebook(name: str) -> dict:
     """An executed notebook with one cell of each kind."""
     cells = [
         {"cell_type": "markdown", "source": ["# Prose"], "metadata": {}},
-        code("print('a number')", 1, stream("stdout", "a number"), stream("stderr", "a bar")),
+        code("print(number)", 1, stream("stdout", f"a number in {ROOT}/a/b"), stream("stderr", "a bar")),
         code("show(story)", 2, stream("stdout", "someone's story"), tags=("source-text",)),
         code(f"#| label: fig-{name}-vector\nplot()", 3, picture(**{"image/svg+xml": [SVG], "image/png": "unused"})),
         code(f"#| label: fig-{name}-pixels\nplot()", 4, picture(**{"image/png": base64.b64encode(PNG).decode()})),
@@ -72,10 +72,10 @@ def outputs(root: Path, name: str) -> list[list[dict]]:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_source_text_and_progress_bars_are_cleared_and_everything_else_stays(preset, root, name):
+def test_source_text_progress_bars_and_this_machine_are_cleared_and_everything_else_stays(preset, root, name):
     publish.publish(preset, root)
     number, story, *pictures = outputs(root, name)
-    assert number == [stream("stdout", "a number")]
+    assert ["".join(output["text"]) for output in number] == ["a number in a/b"]
     assert story == []
     assert all(len(each) == 1 for each in pictures)
     text = (root / "notebooks" / f"{name}.ipynb").read_text()

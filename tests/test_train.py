@@ -457,6 +457,7 @@ train.train(config.override(config.load("smoke"), settings), Path(tokens), Token
 """
 
 
+@pytest.mark.skipif(torch.__version__ < "2.2", reason="PyTorch 2.1 takes minutes to notice that there is no compiler")
 def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tmp_path):
     run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0")
     places = [str(tmp_path / "compiled"), str(smoke.folder / "tokens"), str(tokenizer.path)]
