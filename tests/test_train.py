@@ -299,7 +299,7 @@ print(json.dumps(["times", outcome(child(folder / "times", None))]), file=result
 def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(smoke, tokenizer, tmp_path):
     settings = [*TINY, *EVERYTHING, "train.checkpoint_minutes=0"]
     arguments = [str(tmp_path), str(smoke.folder / "tokens"), str(tokenizer.path), json.dumps(settings)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
     by_file = [code for name, code in outcomes if name == "files"]
@@ -355,7 +355,7 @@ def torchrun(smoke, tokenizer, tmp_path):
             [*command, f"--master-port={port}", script, *places, json.dumps([*TINY, *settings]), str(stop_in)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT)},
         )
 
