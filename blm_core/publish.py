@@ -18,6 +18,7 @@ NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2
 SOURCE_TEXT = "source-text"
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
 NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # valid as they stand in JSON strings only
+WIDEST_CELL = 40  # characters; longer cells are broken
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
 
 
@@ -34,9 +35,14 @@ def record(preset: Preset, section: str, /, **values: str) -> None:
 
 
 def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """A table in Markdown, which Quarto sets natively in HTML and PDF; all but the first column stand to the right."""
-    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    """A table in Markdown, which Quarto sets natively in HTML and PDF; all but the first column stand to the right.
+
+    Where the table is wider than the page, columns share it like the dashes below the header: by their longest cell.
+    """
+    lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    widths = [min(max(map(len, column), default=3), WIDEST_CELL) for column in zip(*lines, strict=True)]
+    dashes = ["-" * max(3, width) + ":" * (i > 0) for i, width in enumerate(widths)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], dashes, *lines[1:]))
 
 
 def write_variables(preset: Preset, folder: Path) -> None:

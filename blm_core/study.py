@@ -208,6 +208,8 @@ def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
     runs, noise = results(study, folder), seed_noise(folder)
     chosen = best(runs)
     rows: list[tuple[str, ...]] = []
+    if not runs:
+        return [(f"{len(study.variants)} variants", "not run", "", "", "")]
     for variant in study.variants:
         mine = [run for run in runs if run["variant"] == variant]
         if variant not in chosen:

@@ -176,7 +176,7 @@ def test_text_that_yaml_could_take_for_something_else_stays_text(preset, tmp_pat
 
 
 def test_a_table_has_one_line_per_row_and_numbers_to_the_right():
-    assert publish.markdown_table(("kind", "count"), [("a|b", 3)]) == "| kind | count |\n| --- | ---: |\n| a\\|b | 3 |"
+    assert publish.markdown_table(("kind", "count"), [("a|b", 3)]) == "| kind | count |\n| ---- | -----: |\n| a\\|b | 3 |"
 
 
 def test_a_figure_in_an_output_is_a_file_that_json_can_hold(preset, root):
