@@ -133,7 +133,9 @@ def _preset(args) -> configuration.Preset:
 def _train(args) -> None:
     from blm_core import pipeline
 
-    print(json.dumps(pipeline.run(_preset(args)), indent=1))
+    summary = pipeline.run(_preset(args))
+    if summary:  # of several processes the first alone has one
+        print(json.dumps(summary, indent=1))
 
 
 def _study(args) -> None:

@@ -153,9 +153,7 @@ def run(study: Study, folder: Path = RUNS) -> None:
         pipeline.tokens(preset)
         try:
             train.train(preset, preset.folder / "tokens", pipeline.tokenizer(preset), target, keep_model=False)
-        except train.RunError as error:
-            if not (target / "metrics.jsonl").exists():  # it never began
-                raise
+        except train.DivergedError as error:
             write_json(target / "summary.json", {"failed": str(error)})
 
 
