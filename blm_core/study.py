@@ -206,7 +206,7 @@ def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
     runs, noise = results(study, folder), seed_noise(folder)
     chosen = best(runs)
     rows: list[tuple[str, ...]] = []
-    if not runs:
+    if len({run["variant"] for run in runs}) < 2:  # one alone compares with nothing
         return [(f"{len(study.variants)} variants", "not run", "", "", "")]
     for variant in study.variants:
         mine = [run for run in runs if run["variant"] == variant]
