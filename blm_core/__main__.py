@@ -268,31 +268,31 @@ def _cost(args) -> None:
 
 
 def _judge(args) -> int:
-    from blm_core import judge
+    from blm_core import sheets
 
     _needs(args, "key" if not args.endpoint else "out", "out" if args.marks else "", "rater" if args.marks else "")
     if args.marks:
-        ratings = judge.read_marks(args.marks, args.key, args.rater)
-        print(f"{judge.save(args.out, args.rater, ratings)}: {len(ratings)} ratings")
+        ratings = sheets.read_marks(args.marks, args.key, args.rater)
+        print(f"{sheets.save(args.out, args.rater, ratings)}: {len(ratings)} ratings")
         return 0
     _needs(args, "ours")
-    form = judge.Form(not args.keep_case, args.cut)
-    pairs, alone = judge.pairs(args.ours, args.theirs or "", form)
-    items = judge.items(pairs, args.seed)
+    form = sheets.Form(not args.keep_case, args.cut)
+    pairs, alone = sheets.pairs(args.ours, args.theirs or "", form)
+    items = sheets.items(pairs, args.seed)
     for model, count in alone.items():
         print(f"{model}: {sum(model in pair.models for pair in pairs)} pairs, {count} completions without a partner")
     if args.endpoint:
         return _ask(args, items, form)
-    judge.write_key(args.key, items, form, args.seed)
+    sheets.write_key(args.key, items, form, args.seed)
     for part in (1, 2) if args.parts else (0,):
         path = args.export.with_stem(f"{args.export.stem}-{part}") if part else args.export
-        judge.write_sheet(path, [item for item in items if part in (0, item.part)], form)
+        sheets.write_sheet(path, [item for item in items if part in (0, item.part)], form)
         print(path)
     return 0
 
 
 def _ask(args, items, form) -> int:
-    from blm_core import judge
+    from blm_core import judge, sheets
     from blm_core.files import write_json
     from blm_core.ratings import write_ratings
 
@@ -314,7 +314,7 @@ def _ask(args, items, form) -> int:
         write_ratings(partial, outcome.ratings)
         print(f"stopped: {outcome.stopped} So far: {partial}", file=sys.stderr)
         return 1
-    print(judge.save(args.out, rater, outcome.ratings))
+    print(sheets.save(args.out, rater, outcome.ratings))
     partial.unlink(missing_ok=True)
     # Reasons may quote the judge, who may quote the texts; the file is to be published.
     counts = {name: len(reasons) for name, reasons in outcome.refused.items()}

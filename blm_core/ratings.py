@@ -30,7 +30,8 @@ class RatingsError(ValueError):
 class Rating:
     """`first` and `second` are the models in the order shown, with their marks; `preferred` is first, second or tie.
 
-    `pair` names two texts, `prompt` the beginning that they share, both by a hash; `id` is the item on the sheet.
+    `pair` names two texts, `prompt` the beginning that they share, both by a hash; `id` is the item on the sheet; `kind` is the
+    prompt's, where it has one.
     """
 
     id: str
@@ -42,6 +43,7 @@ class Rating:
     first_marks: dict
     second_marks: dict
     preferred: str
+    kind: str = ""
 
     @property
     def winner(self) -> str:

@@ -10,6 +10,8 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from blm_core import config, pipeline, train
 from blm_core.config import ROOT, ConfigError, Preset
 from blm_core.files import read_json, write_json
@@ -107,6 +109,23 @@ STUDIES = [
         RATES,
     ),
     Study(
+        "tokens",
+        "How many steps until the loss that AdamW reaches in 250?",
+        {
+            "llama2.c's settings, 250 steps": "train.optimizer=adamw train.isolate_stories=false",
+            "AdamW, 250 steps": "train.optimizer=adamw",
+            **{
+                f"Muon, {steps} steps": f"train.steps={steps} train.warmup_steps={round(steps / 10)}"
+                for steps in (50, 75, 100, 125, 150)
+            },
+        },
+        {
+            "llama2.c's settings, 250 steps": (5e-4,),
+            "AdamW, 250 steps": (2e-3, 4e-3, 8e-3, 1.6e-2),
+            **{f"Muon, {steps} steps": (1.6e-2,) for steps in (50, 75, 100, 125, 150)},
+        },
+    ),
+    Study(
         "few-data",
         "With 1,000 stories only: how many epochs, how much weight decay and dropout?",
         {
@@ -198,6 +217,22 @@ def seed_noise(folder: Path = RUNS) -> float:
     """Twice the standard deviation of the difference of two runs that differ in the seed; NaN below three seeds."""
     values = [run["summary"]["validation_bits_per_byte"] for run in results(find("seeds"), folder)]
     return 2 * 2**0.5 * statistics.stdev(values) if len(values) >= 3 else math.nan
+
+
+def steps_needed(bits_per_byte: float, folder: Path = RUNS) -> float:
+    """Steps that the recipe needs to reach `bits_per_byte`: interpolated, in the logarithm of the steps, between runs of
+    the study `tokens` and the whole run, each with a schedule of its own. NaN outside of what was run."""
+    names = ("tokens", "optimizer")
+    runs = [run for name in names for run in results(find(name), folder) if run["train"]["optimizer"] == "muon"]
+    points = sorted(
+        (run["summary"]["validation_bits_per_byte"], run["train"]["steps"])
+        for run in runs
+        if run["train"]["learning_rate"] == config.PRESETS["study"].train.learning_rate
+    )
+    if not points or not points[0][0] <= bits_per_byte <= points[-1][0]:
+        return math.nan
+    reached, steps = zip(*points, strict=True)
+    return float(np.exp(np.interp(bits_per_byte, reached, np.log(steps))))
 
 
 def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:

@@ -11,12 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blm_core import judge
+from blm_core import judge, sheets
 from blm_core.__main__ import main
 from blm_core.config import ConfigError
-from blm_core.judge import Endpoint, Form, Judge, JudgeError, comparable, items, pairs, parse_answer, read_marks
+from blm_core.judge import Endpoint, Judge, JudgeError, parse_answer
 from blm_core.judge import endpoint_from_environment as from_environment
 from blm_core.ratings import Rating, RatingsError, read_ratings
+from blm_core.sheets import Form, comparable, items, pairs, read_marks
 
 KEY = "not-a-real-key-83c1"
 MARKS = {"grammar": 7, "creativity": 5, "consistency": 6.5, "plot": 4, "age": "6-7"}
@@ -38,6 +39,7 @@ def recordings(tmp_path):
         for sample in range(2 if i == 0 else 1):
             ours.append({"model": "blm", "prompt": prompt, "completion": f" moth. They drew {i + sample} maps. They slept."})
             theirs.append({"id": f"x{i}", "model": "rival", "prompt": prompt, "completion": f"kettle, number {i}{sample}."})
+            theirs[-1] |= {"kind": "story"} if i else {"group": "factual"}
         if i < 4:
             theirs[-1] |= {"peer_model": "peer", "peer_completion": f"stone number {i}."}
     return lines(tmp_path / "ours.jsonl", ours), lines(tmp_path / "theirs.jsonl", theirs)
@@ -73,7 +75,7 @@ def test_every_completion_is_paired_with_ours_on_its_prompt_sample_by_sample(rec
 
 def test_a_prompt_has_one_name_however_it_is_written(recordings):
     found, _ = pairs(*recordings)
-    assert found[0].prompt_id == judge.prompt_id("A snail of 0\n years met  a bright") != judge.prompt_id("A snail of")
+    assert found[0].prompt_id == sheets.prompt_id("A snail of 0\n years met  a bright") != sheets.prompt_id("A snail of")
 
 
 def test_completions_without_a_partner_are_counted(recordings, tmp_path):
@@ -136,7 +138,7 @@ def test_the_longer_text_is_cut_to_the_shorter(cut, other, expected):
 def test_an_unfinished_text_is_kept_where_it_is_all_there_is():
     a, b = comparable("", "the goat is better than", "The goat. The cow.", Form())
     assert (a, b) == ("the goat is better than", "the goat. the cow.")
-    assert comparable("", "", "Hay.", Form())[0] == judge.NOTHING
+    assert comparable("", "", "Hay.", Form())[0] == sheets.NOTHING
 
 
 def test_an_unknown_cut_is_refused():
@@ -168,7 +170,7 @@ def test_a_seed_gives_the_same_sheet_and_another_one_other_ids(recordings, sheet
 
 @pytest.mark.parametrize("name", ["sheet.md", "sheet.jsonl"])
 def test_a_sheet_shows_all_texts_and_no_model(sheet, tmp_path, name):
-    judge.write_sheet(tmp_path / name, sheet, Form())
+    sheets.write_sheet(tmp_path / name, sheet, Form())
     text = (tmp_path / name).read_text()
     assert "rival" not in text
     assert "peer" not in text
@@ -179,7 +181,7 @@ def test_a_sheet_shows_all_texts_and_no_model(sheet, tmp_path, name):
 
 
 def test_a_key_holds_no_text(sheet, tmp_path):
-    judge.write_key(tmp_path / "key.json", sheet, Form(), 3)
+    sheets.write_key(tmp_path / "key.json", sheet, Form(), 3)
     text = (tmp_path / "key.json").read_text()
     assert "moth" not in text
     assert "snail" not in text
@@ -187,30 +189,31 @@ def test_a_key_holds_no_text(sheet, tmp_path):
 
 
 def test_another_sheets_key_is_not_overwritten(recordings, sheet, tmp_path):
-    judge.write_key(tmp_path / "key.json", sheet, Form(), 3)
-    judge.write_key(tmp_path / "key.json", sheet, Form(), 3)
+    sheets.write_key(tmp_path / "key.json", sheet, Form(), 3)
+    sheets.write_key(tmp_path / "key.json", sheet, Form(), 3)
     with pytest.raises(RatingsError, match="not this sheet's key"):
-        judge.write_key(tmp_path / "key.json", items(pairs(*recordings)[0], 4), Form(), 4)
+        sheets.write_key(tmp_path / "key.json", items(pairs(*recordings)[0], 4), Form(), 4)
 
 
 def test_marks_come_back_as_ratings_of_the_models(sheet, tmp_path):
     key = tmp_path / "key.json"
-    judge.write_key(key, sheet, Form(), 3)
+    sheets.write_key(key, sheet, Form(), 3)
     returned = list(filled(sheet))[::-1]  # in any order, in two files
     one, two = lines(tmp_path / "one.jsonl", returned[:7]), lines(tmp_path / "two.jsonl", returned[7:])
     found = read_marks([one, two], key, "reader-1")
     assert {rating.winner for rating in found} == {"blm"}
     assert all({r.first: r.first_marks, r.second: r.second_marks}["blm"]["plot"] == 9 for r in found)
     assert [rating.id for rating in found] == [item.id for item in sheet]
-    path = judge.save(tmp_path / "out", "reader-1", found)
+    assert [rating.kind for rating in found] == ["factual" if " 0 " in item.pair.prompt else "story" for item in sheet]
+    path = sheets.save(tmp_path / "out", "reader-1", found)
     assert read_ratings(path) == found
     assert "moth" not in path.read_text()
-    judge.save(tmp_path / "out", "reader-1", found)
+    sheets.save(tmp_path / "out", "reader-1", found)
     with pytest.raises(RatingsError, match="holds other ratings"):
-        judge.save(tmp_path / "out", "reader-1", found[1:])
+        sheets.save(tmp_path / "out", "reader-1", found[1:])
     assert read_ratings(path) == found
     with pytest.raises(RatingsError, match="names a file"):
-        judge.save(tmp_path / "out", "../reader", found)
+        sheets.save(tmp_path / "out", "../reader", found)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +237,7 @@ def test_marks_come_back_as_ratings_of_the_models(sheet, tmp_path):
 )
 def test_marks_that_cannot_be_are_named_and_nothing_is_taken_in(sheet, tmp_path, spoil, message):
     key = tmp_path / "key.json"
-    judge.write_key(key, sheet, Form(), 3)
+    sheets.write_key(key, sheet, Form(), 3)
     marks = list(filled(sheet))
     spoil(marks)
     with pytest.raises(RatingsError, match=message.replace("{id}", sheet[4].id)):
@@ -243,7 +246,7 @@ def test_marks_that_cannot_be_are_named_and_nothing_is_taken_in(sheet, tmp_path,
 
 def test_all_that_is_wrong_with_marks_is_said_at_once(sheet, tmp_path):
     key = tmp_path / "key.json"
-    judge.write_key(key, sheet, Form(), 3)
+    sheets.write_key(key, sheet, Form(), 3)
     path = lines(tmp_path / "marks.jsonl", [*filled(sheet)][:-2])
     path.write_text(path.read_text() + "```\n[3]\n")
     with pytest.raises(RatingsError) as error:
@@ -383,7 +386,7 @@ def test_an_endpoint_rates_every_item_and_keeps_to_the_interface(server, sheet, 
 def test_both_roads_give_the_same_format(server, sheet, tmp_path):
     asked = asker(server, tmp_path).rate(sheet, "same").ratings
     key = tmp_path / "key.json"
-    judge.write_key(key, sheet, Form(), 3)
+    sheets.write_key(key, sheet, Form(), 3)
     side = {"first": "a", "second": "b", "tie": "tie"}
     marks = [{"id": r.id, "a": r.first_marks, "b": r.second_marks, "preferred": side[r.preferred]} for r in asked]
     assert read_marks([lines(tmp_path / "marks.jsonl", marks)], key, "same") == asked
