@@ -172,9 +172,10 @@ def _publish(args) -> None:
 
 def _bench(args) -> None:
     from blm_core import bench
+    from blm_core.bench_training import QUICK
 
     names = args.presets.split(",") if args.presets else None
-    result = bench.bench(names, args.device, bench.QUICK if args.quick else bench.Effort())
+    result = bench.bench(names, args.device, QUICK if args.quick else None)
     path = bench.save(result, args.out)
     print(bench.tables(result))
     print(f"\nwritten to {path}")

@@ -92,9 +92,18 @@ STUDIES = [
     ),
     Study(
         "vocabulary",
-        "How many pieces, at equal tokens and so at about equal computation in the blocks?",
+        "How many pieces, at equal tokens and so at equal computation in the blocks?",
         {f"{size} pieces": f"tokenizer.vocab_size={size}" for size in (1024, 2048, 4096)},
         RATES,
+    ),
+    Study(
+        "vocabulary-flops",
+        "How many pieces, at equal FLOPs, those of the output matrix included?",
+        {
+            f"{size} pieces, {steps} steps": f"tokenizer.vocab_size={size} train.steps={steps}"
+            for size, steps in ((1024, 276), (2048, 250), (4096, 210), (8192, 159))
+        },
+        (1.6e-2,),
     ),
     Study(
         "block",

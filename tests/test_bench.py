@@ -9,7 +9,8 @@ import torch
 
 from blm_core import bench, config, pipeline
 from blm_core import train as training
-from blm_core.bench import Loop, PlainLoop, fastest_micro_batch, ratio, training_stories
+from blm_core.bench_ratios import PlainLoop, ratio
+from blm_core.bench_training import PARTS, QUICK, Loop, fastest_micro_batch, training_stories
 from blm_core.config import ConfigError
 from blm_core.hardware import memory, reset_memory
 from blm_core.model import flops_per_token
@@ -20,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def result(smoke) -> dict:
     """What `bench --quick --presets smoke --device cpu` finds."""
-    return bench.bench(["smoke"], "cpu", bench.QUICK)
+    return bench.bench(["smoke"], "cpu", QUICK)
 
 
 def weights(loop: Loop) -> list[torch.Tensor]:
@@ -46,7 +47,7 @@ def test_taking_the_time_of_each_part_does_not_change_what_a_step_does(smoke, mi
         plain.run(2)
         shares = timed.shares(2)
         assert all(a.equal(b) for a, b in zip(weights(plain), weights(timed), strict=True))
-    assert set(shares) == set(bench.PARTS)
+    assert set(shares) == set(PARTS)
     assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
     assert all(share > 0 for share in shares.values())
     assert shares["forward"] + shares["backward"] > shares["data"]
@@ -141,11 +142,11 @@ def test_figures_of_training_agree_with_each_other(result, smoke):
 
 def test_every_ratio_has_its_turns_and_a_target(result):
     measured = {row["question"]: row for row in result["ratios"] if "not_measured" not in row}
-    assert {question.split(",")[0] for question in measured} == {"training", "encoding", "sampling"}
+    assert {question.split(",")[0] for question in measured} == {"training", "training step", "encoding", "sampling"}
     assert {"sampling, batch 1, CPU", "sampling, batch 16, CPU"} <= set(measured)
     for row in measured.values():
         turns = [a / b for a, b in zip(row["a"]["values"], row["b"]["values"], strict=True)]
-        assert len(turns) == bench.QUICK.repeats
+        assert len(turns) == QUICK.repeats
         assert row["ratio"]["median"] == pytest.approx(statistics.median(turns))
         assert row["target"]
 

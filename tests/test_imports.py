@@ -15,7 +15,20 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__i
 EVERYWHERE = {"torch", "numpy", "sentencepiece", "requests", "matplotlib", "tqdm"}
 ON_REQUEST = {"tensorboard", "wandb"}
 # These may use transformers, too.
-COMPARISON = {"bench", "compare", "cost", "endings", "inside", "judge", "memory", "plan", "prompts", "sheets", "text_measures"}
+COMPARISON = {
+    "bench",
+    "bench_ratios",
+    "compare",
+    "cost",
+    "endings",
+    "inside",
+    "judge",
+    "memory",
+    "plan",
+    "prompts",
+    "sheets",
+    "text_measures",
+}
 ABOVE_ALL = {"__main__", "publish"}  # they call every part
 
 
