@@ -215,7 +215,8 @@ def _evaluate(args) -> None:
 
     stories = read_stories(args.text, args.normalise)
     model, tokenizer = load_model(args.model, args.device)
-    result = score(model, tokenizer, stories)[0].as_dict() | {"model": str(args.model), "normalised": args.normalise}
+    result = score(model, tokenizer, stories)[0].as_dict()
+    result |= {"text": args.text.name, "model": str(args.model), "normalised": args.normalise}
     if args.json:
         print(json.dumps({key: None if value != value else value for key, value in result.items()}))  # JSON has no NaN
     else:
@@ -284,7 +285,7 @@ def _judge(args) -> int:
         print(f"{model}: {sum(model in pair.models for pair in pairs)} pairs, {count} completions without a partner")
     if args.endpoint:
         return _ask(args, items, form)
-    sheets.write_key(args.key, items, form, args.seed)
+    sheets.write_key(args.key, items, form, args.seed, sheets.revision(args.ours))
     for part in (1, 2) if args.parts else (0,):
         path = args.export.with_stem(f"{args.export.stem}-{part}") if part else args.export
         sheets.write_sheet(path, [item for item in items if part in (0, item.part)], form)

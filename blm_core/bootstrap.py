@@ -82,6 +82,23 @@ def paired_difference(a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, se
     return paired_interval(a, b, None, resamples, seed, level)
 
 
+def difference_interval(
+    a: ArrayLike, b: ArrayLike, resamples: int = RESAMPLES, seed: int = 0, level: float = LEVEL
+) -> Interval:
+    """mean(a) - mean(b) over units of their own, such as texts of two sources, each drawn again from its own (n,) and (m,).
+
+    Raises ValueError as `ratio_interval`.
+    """
+    rng = np.random.default_rng(seed)
+    a, b = _units(a, "a"), _units(b, "b")
+    value = float(a.mean() - b.mean())
+    if min(len(a), len(b)) < 2:
+        return Interval(value, math.nan, math.nan)
+    figures = [rng.choice(a, len(a)).mean() - rng.choice(b, len(b)).mean() for _ in range(resamples)]
+    low, high = np.quantile(figures, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
 def verdict(low: float, high: float, better: str) -> str:
     """ "wins", "loses" or "undecided": the interval of a difference, ours minus theirs, against nothing at all.
 

@@ -1,9 +1,10 @@
 """The model card of a release: what the model is, what it was made from, what it scores, and where it ends."""
 
+import json
 from pathlib import Path
 
 from blm_core.checkpoint import load_model
-from blm_core.config import Preset
+from blm_core.config import ROOT, Preset
 from blm_core.files import read_json, written_aside
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
@@ -46,8 +47,8 @@ dropout {dropout:g}; {minutes} minutes on {device}, PyTorch {torch}, {dtype}. Al
 
 ## Scores
 
-{bits} bits per byte on {scored} stories ({split}), each scored alone, 95 % bootstrap interval over stories [{low}, {high}].
-`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
+{bits} bits per byte on {scored} stories ({split}), each scored alone, 95 % bootstrap interval over stories [{low}, {high}];
+their text was normalised as for training. {evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
 
 ## Limits
 
@@ -72,6 +73,7 @@ def write_card(preset: Preset, release: Path) -> None:
 def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer) -> str:
     """The card in Markdown, from what the notebooks of `preset` have recorded."""
     results, sampling = read_json(preset.folder / "results.json"), Sampling()
+    evaluated = evaluations(ROOT / "runs" / preset.name / "evaluate.jsonl")
     data, shape, run, compared = (results[name] for name in ("data", "model", "train", "compare"))
     texts = complete(model, tokenizer, [PROMPT] * SAMPLES, sampling)
     samples = [" ".join(f"{PROMPT}{text}".split()) for text in texts]
@@ -91,6 +93,7 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer) -> st
         bits=compared["bits_per_byte"],
         scored=compared["stories"],
         split=compared["split"],
+        evaluated=f"As it stands in the files, by `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
         low=compared["low"],
         high=compared["high"],
         temperature=sampling.temperature,
@@ -98,3 +101,9 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer) -> st
         seed=sampling.seed,
         samples="\n".join(f"{number}. {text}" for number, text in enumerate(samples, 1)),
     )
+
+
+def evaluations(path: Path) -> list[str]:
+    """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [f"{x['text']} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories" for x in lines]

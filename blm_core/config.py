@@ -227,6 +227,7 @@ PRESETS = {
         opponent="",
     ),
     # 1,600 steps of 8,192 tokens are 13 M tokens, under four epochs of the stories at hand: an hour or two on two cores.
+    # What short runs preferred (wide, stable then decay, small batches) was tried at this length and lost; see 04_train.
     "cpu": Preset(
         name="cpu",
         model=ModelConfig(n_layers=6, d_model=192, n_heads=6, n_kv_heads=3, d_ff=512),

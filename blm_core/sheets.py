@@ -225,13 +225,22 @@ def write_sheet(path: Path, items: Sequence[Item], form: Form) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def write_key(path: Path, items: Sequence[Item], form: Form, seed: int) -> None:
+def revision(path: Path) -> str:
+    """The revision of the model whose completions `path` holds; "" where the records do not say it, or say several."""
+    found = {record.get("revision") for record in recorded(path)}
+    return (found.pop() or "") if len(found) == 1 else ""
+
+
+def write_key(path: Path, items: Sequence[Item], form: Form, seed: int, revision: str = "") -> None:
     """Which text is whose: ids, models and numbers, no text, so that it can be published with the marks.
+
+    `revision` is that of our model, by which it can be told later whether the marks are still those of the same one.
 
     Raises RatingsError where `path` is another sheet's key: without it that sheet's marks would be worthless.
     """
     key = {
         "seed": seed,
+        "revision": revision,
         "form": asdict(form),
         "items": {
             item.id: {

@@ -15,6 +15,7 @@ import numpy as np
 from blm_core import config, pipeline, train
 from blm_core.config import ROOT, ConfigError, Preset
 from blm_core.files import read_json, write_json
+from blm_core.model import flops_per_token
 
 RUNS = ROOT / "runs" / "study"
 
@@ -40,6 +41,7 @@ class Study:
 
 
 RATES = (8e-3, 1.6e-2)
+STUDENT = {2: 4.303, 3: 3.182, 4: 2.776}  # 97.5 % quantiles of Student's t, by degrees of freedom
 STUDIES = [
     Study(
         "optimizer",
@@ -51,7 +53,7 @@ STUDIES = [
         "packing",
         "Does it help to forbid attention between the stories of a window?",
         {"shared": "train.isolate_stories=false", "isolated": ""},
-        RATES,
+        {"shared": (4e-3, 8e-3, 1.6e-2), "isolated": (4e-3, 8e-3, 1.6e-2, 3.2e-2)},
     ),
     Study(
         "seeds",
@@ -106,6 +108,16 @@ STUDIES = [
         (1.6e-2,),
     ),
     Study(
+        "heads",
+        "Smaller heads, or fewer keys and values?",
+        {
+            "3 heads of 32": "",
+            "6 heads of 16": "model.n_heads=6 model.n_kv_heads=6",
+            "3 heads, 1 key/value head": "model.n_kv_heads=1",
+        },
+        (1.6e-2,),
+    ),
+    Study(
         "block",
         "What does each part of the Llama block bring over that of GPT-2?",
         {
@@ -115,7 +127,13 @@ STUDIES = [
             "GELU feed-forward": "model.feed_forward=gelu model.d_ff=384",
             "GPT-2 block": "model.position=learned model.norm=layer model.feed_forward=gelu model.d_ff=384",
         },
-        RATES,
+        {
+            "Llama": RATES,
+            "learned positions": RATES,
+            "LayerNorm": RATES[1:],
+            "GELU feed-forward": RATES[1:],
+            "GPT-2 block": RATES,
+        },
     ),
     Study(
         "tokens",
@@ -125,23 +143,23 @@ STUDIES = [
             "AdamW, 250 steps": "train.optimizer=adamw",
             **{
                 f"Muon, {steps} steps": f"train.steps={steps} train.warmup_steps={round(steps / 10)}"
-                for steps in (50, 75, 100, 125, 150)
+                for steps in (25, 50, 75, 100, 150)
             },
         },
         {
             "llama2.c's settings, 250 steps": (5e-4,),
             "AdamW, 250 steps": (2e-3, 4e-3, 8e-3, 1.6e-2),
-            **{f"Muon, {steps} steps": (1.6e-2,) for steps in (50, 75, 100, 125, 150)},
+            **{f"Muon, {steps} steps": (1.6e-2,) for steps in (25, 50, 75, 100, 150)},
         },
     ),
     Study(
         "few-data",
-        "With 1,000 stories only: how many epochs, how much weight decay and dropout?",
+        "With 250 stories only: how many epochs, how much weight decay and dropout?",
         {
             f"{epochs} epochs, decay {decay}, dropout {dropout}": (
-                f"train.max_stories=1000 train.steps={54 * epochs} train.weight_decay={decay} model.dropout={dropout}"
+                f"train.max_stories=250 train.steps={14 * epochs} train.weight_decay={decay} model.dropout={dropout}"
             )
-            for epochs in (4, 8)
+            for epochs in (4, 12)
             for decay in (0.1, 0.5)
             for dropout in (0.0, 0.1)
         },
@@ -156,8 +174,8 @@ STUDIES = [
                 f"model.n_kv_heads={width // 32} model.d_ff={width * 8 // 3 // 16 * 16} "
                 f"train.steps={round(tokens * 1e6 / 4096)} train.warmup_steps={round(tokens * 1e6 / 40960)}"
             )
-            for layers, width in ((2, 32), (2, 64), (3, 96), (4, 128), (6, 160))
-            for tokens in (0.25, 0.5, 1, 2)
+            for layers, width in ((2, 32), (2, 64), (3, 96), (4, 96), (4, 128))
+            for tokens in (0.2, 0.4, 0.8, 1.6)
         },
         (1.6e-2,),
     ),
@@ -173,11 +191,9 @@ def find(name: str) -> Study:
 
 
 def run(study: Study, folder: Path = RUNS) -> None:
-    """Carry out what is missing of `study`."""
+    """Carry out what is missing of `study`. Raises RunError where a finished run was made from other data."""
     for _, preset in study.runs:
         target = Path(folder) / run_name(preset)
-        if read_json(target / "summary.json"):
-            continue
         pipeline.tokens(preset)
         try:
             train.train(preset, preset.folder / "tokens", pipeline.tokenizer(preset), target, keep_model=False)
@@ -223,14 +239,18 @@ def best(runs: list[dict]) -> dict[str, dict]:
 
 
 def seed_noise(folder: Path = RUNS) -> float:
-    """Twice the standard deviation of the difference of two runs that differ in the seed; NaN below three seeds."""
+    """What two runs that differ in nothing but the seed differ by at most, in 95 of 100 cases; NaN below three seeds.
+
+    Student's t for the standard deviation of the seeds that were run, times that of a difference.
+    """
     values = [run["summary"]["validation_bits_per_byte"] for run in results(find("seeds"), folder)]
-    return 2 * 2**0.5 * statistics.stdev(values) if len(values) >= 3 else math.nan
+    return STUDENT[len(values) - 1] * 2**0.5 * statistics.stdev(values) if len(values) - 1 in STUDENT else math.nan
 
 
 def steps_needed(bits_per_byte: float, folder: Path = RUNS) -> float:
     """Steps that the recipe needs to reach `bits_per_byte`: interpolated, in the logarithm of the steps, between runs of
-    the study `tokens` and the whole run, each with a schedule of its own. NaN outside of what was run."""
+    the study `tokens` and the whole run, each with a schedule of its own. Where the shortest run was better already, its
+    steps, which then are the most that can be needed; NaN where none was as good."""
     names = ("tokens", "optimizer")
     runs = [run for name in names for run in results(find(name), folder) if run["train"]["optimizer"] == "muon"]
     points = sorted(
@@ -238,15 +258,15 @@ def steps_needed(bits_per_byte: float, folder: Path = RUNS) -> float:
         for run in runs
         if run["train"]["learning_rate"] == config.PRESETS["study"].train.learning_rate
     )
-    if not points or not points[0][0] <= bits_per_byte <= points[-1][0]:
+    if not points or bits_per_byte < points[0][0]:
         return math.nan
     reached, steps = zip(*points, strict=True)
     return float(np.exp(np.interp(bits_per_byte, reached, np.log(steps))))
 
 
 def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
-    """A row for each variant: name, bits per byte at its best learning rate, that against the first variant's, the rate
-    and those tried, seconds of all its runs."""
+    """A row for each variant: name, bits per byte at its best learning rate, that minus the first variant's, the rate
+    and those tried, TFLOPs of all its runs (the machine's load does not change them, as it does seconds)."""
     runs, noise = results(study, folder), seed_noise(folder)
     chosen = best(runs)
     rows: list[tuple[str, ...]] = []
@@ -266,10 +286,14 @@ def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
                 f"{value:.4f}",
                 _against(value, chosen.get(next(iter(study.variants))), noise),
                 rate if len(rates) == 1 else f"{rate} of {', '.join(rates)}",
-                f"{sum(run['summary'].get('seconds', 0) for run in mine):.0f}",
+                f"{sum(_flops(run) for run in mine) / 1e12:.0f}",
             )
         )
     return rows
+
+
+def _flops(run: dict) -> float:
+    return run["summary"].get("tokens", 0) * flops_per_token(config.ModelConfig(**run["model"]))
 
 
 def _against(value: float, first: dict | None, noise: float) -> str:

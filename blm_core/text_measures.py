@@ -228,6 +228,26 @@ def distance(measures: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> di
     return found
 
 
+def set_against(ours: dict[str, tuple[Interval, int]], theirs: dict[str, tuple[Interval, int]]) -> Counter:
+    """In how many measures `ours` is clearly "nearer" to real stories than `theirs`, clearly "farther", or "undecided".
+
+    Both as `distance` gives them. Clearly means that the whole interval of one distance, taken without its sign, lies below
+    the whole interval of the other. Measures that one side does not have are not counted.
+    """
+    counts: Counter = Counter()
+    for name in ours.keys() & theirs.keys():
+        (a_low, a_high), (b_low, b_high) = _size(ours[name][0]), _size(theirs[name][0])
+        if math.isfinite(a_high) and math.isfinite(b_high):
+            counts["nearer" if a_high < b_low else "farther" if a_low > b_high else "undecided"] += 1
+    return counts
+
+
+def _size(interval: Interval) -> tuple[float, float]:
+    """The least and the greatest distance from 0 within `interval`."""
+    ends = abs(interval.low), abs(interval.high)
+    return (0.0 if interval.low <= 0 <= interval.high else min(ends)), max(ends)
+
+
 def _interval(values: np.ndarray) -> tuple[Interval, int]:
     defined = values[np.isfinite(values)]
     if not len(defined):

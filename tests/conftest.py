@@ -1,6 +1,7 @@
 """What many tests share: the smoke preset, prepared once, and a model small enough to build in each test."""
 
 import os
+import subprocess
 
 import pytest
 
@@ -35,3 +36,18 @@ def tokenizer(smoke) -> Tokenizer:
 @pytest.fixture
 def tiny() -> ModelConfig:
     return ModelConfig(vocab_size=300, n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=32)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of one megabyte."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    try:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command to make a small disk with")
+    if mounted.returncode:
+        pytest.skip(f"a small disk may not be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", disk], check=True)

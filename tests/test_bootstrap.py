@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from blm_core import bootstrap
-from blm_core.bootstrap import mean_interval, paired_difference, paired_interval, ratio_interval, verdict
+from blm_core.bootstrap import difference_interval, mean_interval, paired_difference, paired_interval, ratio_interval, verdict
 
 
 def test_the_value_of_a_ratio_is_the_ratio_of_sums_and_not_the_mean_of_ratios():
@@ -100,3 +100,13 @@ def test_the_interval_holds_the_true_value_about_95_times_in_100():
         _, low, high = ratio_interval(bits, sizes, resamples=500)
         covered += low <= 0.8 <= high
     assert 0.90 <= covered / 300 <= 0.99
+
+
+def test_a_difference_of_two_sources_has_the_interval_of_the_formula():
+    rng = np.random.default_rng(1)
+    a, b = rng.normal(3, 2, 400), rng.normal(1, 1, 200)
+    found = difference_interval(a, b)
+    wide = 1.96 * (a.var(ddof=1) / 400 + b.var(ddof=1) / 200) ** 0.5
+    assert found.value == pytest.approx(a.mean() - b.mean())
+    assert (found.high - found.low) / 2 == pytest.approx(wide, rel=0.05)
+    assert math.isnan(difference_interval([1.0], b).low)

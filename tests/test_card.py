@@ -1,7 +1,8 @@
 """The model card: every number in it was recorded, and the model beside it wrote the samples."""
 
 from blm_core import publish
-from blm_core.card import PROMPT, SAMPLES, write_card
+from blm_core.__main__ import main
+from blm_core.card import PROMPT, SAMPLES, evaluations, write_card
 from blm_core.checkpoint import save_model
 from blm_core.config import ModelConfig
 from blm_core.model import LanguageModel
@@ -28,3 +29,15 @@ def test_the_card_states_what_was_recorded_and_shows_ten_samples(smoke, tokenize
         assert value in card
     assert card.count(f". {PROMPT}") == SAMPLES
     assert "{" not in card
+
+
+def test_scores_that_evaluate_printed_stand_in_the_card(tokenizer, tmp_path, capsys):
+    config = ModelConfig(vocab_size=len(tokenizer), n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, seq_len=64)
+    save_model(tmp_path / "model", LanguageModel(config, seed=1), tokenizer)
+    (tmp_path / "held.txt").write_text("A goat sat on a cart.\n<|endoftext|>\nIt rained.\n<|endoftext|>\n")
+    assert main(["evaluate", "--model", str(tmp_path / "model"), "--text", str(tmp_path / "held.txt"), "--json"]) == 0
+    (tmp_path / "evaluate.jsonl").write_text(capsys.readouterr().out)
+    (line,) = evaluations(tmp_path / "evaluate.jsonl")
+    assert line.startswith("held.txt ")
+    assert line.endswith("], 2 stories")
+    assert evaluations(tmp_path / "nothing.jsonl") == []

@@ -402,21 +402,6 @@ def test_a_quota_that_is_used_up_is_reported_and_the_download_goes_on_when_it_is
     assert server.ranges[-1] == f"bytes={MIB}-"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of one megabyte."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True, text=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command to make a small disk with")
-    if mounted.returncode:
-        pytest.skip(f"a small disk may not be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_full_disk_is_reported_each_time_and_the_download_goes_on_when_there_is_room(server, small_disk):
     server.answers = [whole()]
     for _ in range(2):  # the second run finds no room even for its first byte

@@ -37,7 +37,8 @@ def recordings(tmp_path):
     for i in range(5):
         prompt = f"A snail of {i} years met a bright"
         for sample in range(2 if i == 0 else 1):
-            ours.append({"model": "blm", "prompt": prompt, "completion": f" moth. They drew {i + sample} maps. They slept."})
+            ours.append({"prompt": prompt, "completion": f" moth. They drew {i + sample} maps. They slept."})
+            ours[-1] |= {"model": "blm", "revision": "r1"}
             theirs.append({"id": f"x{i}", "model": "rival", "prompt": prompt, "completion": f"kettle, number {i}{sample}."})
             theirs[-1] |= {"kind": "story"} if i else {"group": "factual"}
         if i < 4:
@@ -604,6 +605,7 @@ def test_sheets_go_out_and_come_back_by_command(recordings, tmp_path, capsys):
     assert run("--export", tmp_path / "s.jsonl", *given) == 0
     assert "rival: 6 pairs, 0 completions without a partner" in capsys.readouterr().out
     assert run("--export", tmp_path / "s.jsonl", *given, "--parts") == 0
+    assert json.loads(key.read_text())["revision"] == "r1"
     rows = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()[1:]]
     parts = [(tmp_path / f"s-{part}.jsonl").read_text().splitlines()[1:] for part in (1, 2)]
     assert [json.loads(line) for part in parts for line in part] == rows

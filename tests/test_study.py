@@ -1,6 +1,7 @@
 """Studies: runs in folders, found when finished, with the reason where one failed."""
 
 import json
+import math
 
 import pytest
 
@@ -95,3 +96,25 @@ def test_every_study_asks_something_and_its_runs_differ(each):
 def test_names_of_studies_are_unique():
     names = [each.name for each in study.STUDIES]
     assert len(set(names)) == len(names)
+
+
+def test_a_finished_run_on_other_data_is_named_and_not_mixed_in(tmp_path):
+    study.run(RATES, tmp_path)
+    rms = study.results(RATES, tmp_path)[0]["folder"]
+    config = read_json(rms / "config.json")
+    config["data"]["bytes"]["train"] += 1
+    (rms / "config.json").write_text(json.dumps(config))
+    with pytest.raises(train.RunError, match=r"another configuration \(data\.bytes"):
+        study.run(RATES, tmp_path)
+
+
+def test_steps_to_a_loss_are_read_between_the_runs_and_bounded_by_the_shortest(monkeypatch):
+    monkeypatch.setenv("BLM_OVERRIDES", "")  # the committed runs, not the tiny ones
+    runs = study.results(study.find("tokens"))
+    at = {
+        run["train"]["steps"]: run["summary"]["validation_bits_per_byte"] for run in runs if run["variant"].startswith("Muon")
+    }
+    assert study.steps_needed(at[50]) == pytest.approx(50)
+    assert 50 < study.steps_needed((at[50] + at[75]) / 2) < 75
+    assert study.steps_needed(9.0) == pytest.approx(min(at))
+    assert math.isnan(study.steps_needed(0.1))

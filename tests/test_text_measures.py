@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from blm_core import text_measures as tm
+from blm_core.bootstrap import Interval
 
 STORIES = ["A cat sat.", "A cat ran. Cat, cat!", "A dog ran."]
 
@@ -185,3 +186,12 @@ def test_summary_says_on_how_many_texts_a_measure_is_defined():
     assert (found["a"][0].value, found["a"][1]) == (2, 2)
     assert math.isnan(found["b"][0].value)
     assert found["b"][1] == 0
+
+
+def test_one_source_is_clearly_nearer_only_where_the_whole_intervals_are_apart():
+    def found(*intervals):
+        return {f"m{i}": (Interval(*interval), 9) for i, interval in enumerate(intervals)}
+
+    ours = found((0.1, -0.2, 0.4), (-2.0, -2.5, -1.5), (1.0, 0.5, 1.5), (0.0, -0.1, 0.1), (0.3, 0.2, 0.4))
+    theirs = found((-1.0, -1.5, -0.5), (0.5, 0.2, 0.9), (-1.2, -1.6, -0.8), (math.nan,) * 3)
+    assert tm.set_against(ours, theirs) == {"nearer": 1, "farther": 1, "undecided": 1}
