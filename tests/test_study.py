@@ -85,7 +85,8 @@ def test_an_unknown_study_is_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize("each", study.STUDIES, ids=lambda each: each.name)
-def test_every_study_asks_something_and_its_runs_differ(each):
+def test_every_study_asks_something_and_its_runs_differ(each, monkeypatch):
+    monkeypatch.setenv("BLM_OVERRIDES", "")  # the real preset: what studies vary need not fit the tiny one
     assert each.question.endswith("?")
     names = [study.run_name(preset) for _, preset in each.runs]
     assert len(names) > 1
