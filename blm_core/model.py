@@ -129,6 +129,24 @@ class GeluFeedForward(nn.Module):
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 
+def dropout_bytes(config: ModelConfig, tokens: Tensor) -> Tensor:
+    """Random bytes for every dropout of one forward pass over `tokens` (B, T): (2 L + 1, B, T, C), uint8.
+
+    Drawing random numbers costs a third of a forward pass on a CPU. Here one 64-bit number serves eight elements.
+    """
+    shape = (2 * config.n_layers + 1, *tokens.shape, config.d_model)
+    words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=tokens.device)
+    return words.random_(-(2**63), None).view(torch.uint8)[: math.prod(shape)].view(shape)
+
+
+def dropped(x: Tensor, noise: Tensor | None, rate: float) -> Tensor:
+    """Dropout of x (B, T, C) where its random bytes are small (Srivastava et al. 2014); rates are multiples of 1/256."""
+    if noise is None:
+        return x
+    limit = round(256 * rate)
+    return x * (noise >= limit) * (256 / (256 - limit))
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -136,13 +154,11 @@ class Block(nn.Module):
         self.mlp = FeedForward(config) if config.feed_forward == "swiglu" else GeluFeedForward(config)
         self.input_layernorm = make_norm(config)
         self.post_attention_layernorm = make_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
-    def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None
-    ) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+    def forward(self, x, cos, sin, mask=None, cache=None, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+        x = x + dropped(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), noise[0], self.dropout)
+        return x + dropped(self.mlp(self.post_attention_layernorm(x)), noise[1], self.dropout)
 
 
 class LanguageModel(nn.Module):
@@ -160,7 +176,6 @@ class LanguageModel(nn.Module):
         )
         if config.position == "learned":
             self.model["embed_positions"] = nn.Embedding(config.seq_len, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
         cos, sin = rotary_angles(config.seq_len, config.d_head, config.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -183,11 +198,13 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         cache: KeyValueCache | None = None,
         stories: Tensor | None = None,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in float32 for `tokens` (B, T); with `targets` (B, T), the mean cross-entropy in nats.
 
         Targets of -100 are passed over. With a cache, `tokens` continue what it holds. With `stories` (B, T), numbers of
-        the story that a token belongs to, no token sees another story. Raises ValueError beyond `seq_len`.
+        the story that a token belongs to, no token sees another story. `noise` are the bytes that decide what dropout drops
+        (drawn here if not given). Raises ValueError beyond `seq_len`.
         """
         past = cache.length if cache is not None else 0
         T = tokens.shape[1]
@@ -202,9 +219,11 @@ class LanguageModel(nn.Module):
         if stories is not None:
             same = stories[:, :, None] == stories[:, None, :]
             mask = (same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril())[:, None]  # (B, 1, T, T)
-        x = self.dropout(x)
-        for block in self.model["layers"]:
-            x = block(x, cos, sin, mask, cache)
+        if self.training and self.config.dropout:
+            noise = dropout_bytes(self.config, tokens) if noise is None else noise
+            x = dropped(x, noise[-1], self.config.dropout)
+        for i, block in enumerate(self.model["layers"]):
+            x = block(x, cos, sin, mask, cache, (None, None) if noise is None else (noise[2 * i], noise[2 * i + 1]))
         if cache is not None:
             cache.length += T
         logits = F.linear(self.model["norm"](x), self.model["embed_tokens"].weight).float()  # (B, T, V)

@@ -30,7 +30,7 @@ from blm_core.checkpoint import llama_config, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.files import read_json, write_json
 from blm_core.hardware import device_name, memory, mfu, power, precision, resolve_dtype
-from blm_core.model import LanguageModel, flops_per_token
+from blm_core.model import LanguageModel, dropout_bytes, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers
 from blm_core.run_log import RunLog, metrics
 from blm_core.scoring import story_bits
@@ -301,8 +301,9 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
         sync = contextlib.nullcontext() if last or here.world_size == 1 else loss_of.no_sync()
         with sync:
             inputs, targets, stories = part.unbind(1)
+            noise = dropout_bytes(model.config, inputs) if model.config.dropout else None  # outside of the compiled graph
             with precision(here.device, config.dtype):
-                loss = loss_of(inputs, targets, stories=stories if config.isolate_stories else None)
+                loss = loss_of(inputs, targets, stories=stories if config.isolate_stories else None, noise=noise)
             # The mean over all tokens of the step, however padding falls on micro-batches and processes.
             loss = loss * (targets != NOT_SCORED).sum() / scored
             (loss * here.world_size).backward()  # DDP averages gradients over the processes
@@ -322,7 +323,8 @@ def _compiled(model: LanguageModel, preset: Preset, device: torch.device):
     try:
         compiled = torch.compile(model)
         with precision(device, preset.train.dtype):
-            compiled(tokens, tokens, stories=tokens if preset.train.isolate_stories else None).backward()
+            noise = dropout_bytes(preset.model, tokens) if preset.model.dropout else None
+            compiled(tokens, tokens, stories=tokens if preset.train.isolate_stories else None, noise=noise).backward()
     except Exception as error:  # a missing compiler shows as one of many kinds
         warnings.warn(f"torch.compile does not work here, training goes on without it: {error}"[:500], stacklevel=2)
         compiled = model
