@@ -139,7 +139,7 @@ def _train(args) -> None:
 
 
 def _study(args) -> None:
-    from blm_core import study
+    from blm_core.evidence import study
 
     for name in args.names or [each.name for each in study.STUDIES]:
         study.run(study.find(name))
@@ -150,20 +150,20 @@ def _config(args) -> None:
 
 
 def _summary(args) -> None:
-    from blm_core import publish
+    from blm_core.evidence import publish
 
     print(publish.summary(_preset(args)))
 
 
 def _variables(args) -> None:
-    from blm_core import publish
+    from blm_core.evidence import publish
 
     publish.write_variables(_preset(args), args.folder)
 
 
 def _publish(args) -> None:
-    from blm_core import publish
-    from blm_core.card import write_card
+    from blm_core.evidence import publish
+    from blm_core.evidence.card import write_card
 
     preset = _preset(args)
     publish.publish(preset)
@@ -171,8 +171,8 @@ def _publish(args) -> None:
 
 
 def _bench(args) -> None:
-    from blm_core import bench
-    from blm_core.bench_training import QUICK
+    from blm_core.evidence import bench
+    from blm_core.evidence.bench_training import QUICK
 
     names = args.presets.split(",") if args.presets else None
     result = bench.bench(names, args.device, QUICK if args.quick else None)
@@ -182,7 +182,7 @@ def _bench(args) -> None:
 
 
 def _plan(args) -> None:
-    from blm_core import plan, publish
+    from blm_core.evidence import plan, publish
 
     budget = plan.Budget(args.hours_budget, args.price_per_hour, args.watts)
     speed = plan.read_speed(args.bench) if args.bench else plan.find_speed()
@@ -227,9 +227,9 @@ def _evaluate(args) -> None:
 def _record(args) -> None:
     import torch
 
-    from blm_core.compare import load, record
+    from blm_core.evidence.compare import load, record
+    from blm_core.evidence.prompts import read_prompts
     from blm_core.generate import Sampling
-    from blm_core.prompts import read_prompts
 
     if args.samples < 1:
         raise ConfigError(f"--samples {args.samples} must be at least 1.")
@@ -244,8 +244,8 @@ def _record(args) -> None:
 def _score(args) -> None:
     import torch
 
-    from blm_core.compare import bits_line, load, score_stories
     from blm_core.data import read_stories
+    from blm_core.evidence.compare import bits_line, load, score_stories
 
     stories = read_stories(args.text, args.normalise)[: args.stories]
     model = load(args.model, args.device, getattr(torch, args.dtype))
@@ -256,9 +256,9 @@ def _score(args) -> None:
 
 
 def _cost(args) -> None:
-    from blm_core.cost import CostSettings, cost_table, measure_cost
+    from blm_core.evidence.cost import CostSettings, cost_table, measure_cost
+    from blm_core.evidence.publish import markdown_table
     from blm_core.files import write_json
-    from blm_core.publish import markdown_table
 
     settings = CostSettings(
         args.prefill, args.generated, args.repeats, device=args.device, dtype=args.dtype, threads=args.threads
@@ -270,7 +270,7 @@ def _cost(args) -> None:
 
 
 def _judge(args) -> int:
-    from blm_core import sheets
+    from blm_core.evidence import sheets
 
     _needs(args, "key" if not args.endpoint else "out", "out" if args.marks else "", "rater" if args.marks else "")
     if args.marks:
@@ -294,9 +294,9 @@ def _judge(args) -> int:
 
 
 def _ask(args, items, form) -> int:
-    from blm_core import judge, sheets
+    from blm_core.evidence import judge, sheets
+    from blm_core.evidence.ratings import write_ratings
     from blm_core.files import write_json
-    from blm_core.ratings import write_ratings
 
     endpoint = judge.endpoint_from_environment(
         price_in=args.price_in,

@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from blm_core import END_OF_TEXT, clean
 from blm_core.config import ROOT, SAMPLE, DataConfig
-from blm_core.download import ArchiveError, fetch, is_address, pack_sample, unpack
-from blm_core.files import read_json, sha256, write_json, written_aside
+from blm_core.files import ArchiveError, fetch, is_address, pack_sample, read_json, sha256, unpack, write_json, written_aside
 from blm_core.near import NearDuplicates
 
 SAMPLE_FOLDER = ROOT / "blm_core" / "sample"

@@ -1,10 +1,26 @@
-"""Files that are either whole or not there: written aside, then moved into place."""
+"""Files that are either whole or not there: written aside, then moved into place.
+
+Bring the story archive here: download, verify, unpack.
+
+- Downloads are streamed, resumed by HTTP range, retried with back-off and moved into place only when they are whole.
+- Archives are untrusted: only `dataNN.json` files are taken out of them.
+"""
 
 import contextlib
+import gzip
 import hashlib
 import json
+import lzma
 import os
+import re
+import shutil
+import tarfile
+import time
+import zlib
 from pathlib import Path
+
+import requests
+from tqdm import tqdm
 
 
 @contextlib.contextmanager
@@ -42,3 +58,193 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+ATTEMPTS = 6
+BACKOFF = 1.0  # seconds before the second attempt, doubled each time
+TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
+MEMBER = re.compile(r"(?:\./)?(data[0-9]+\.json)")
+
+
+class DownloadError(RuntimeError):
+    """A file that could not be brought here."""
+
+
+class ArchiveError(RuntimeError):
+    """An archive that is broken or that must not be unpacked."""
+
+
+class _Retry(Exception):
+    """This attempt failed; another may not."""
+
+    def __init__(self, reason: str, wait: float = 0):
+        super().__init__(reason)
+        self.wait = wait
+
+
+def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
+    """The file named by `source`, a URL or a local path; URLs are downloaded into `folder` once.
+
+    `variable` is the environment variable that names another source; errors point to it. Raises DownloadError.
+    """
+    if not is_address(source):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
+        return path
+    name = source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    target = Path(folder) / name
+    if read_json(target.with_name(name + ".source")) == {"url": source} and target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(ATTEMPTS):
+        try:
+            _attempt(source, target, variable)
+            write_json(target.with_name(name + ".source"), {"url": source})
+            return target
+        except (_Retry, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
+            reason = error
+        except requests.RequestException as error:
+            raise DownloadError(
+                f"{source} cannot be asked for: {error}. Set {variable} to another URL or a local file."
+            ) from error
+        except OSError as error:
+            raise DownloadError(f"{target} cannot be written: {error.strerror}. Free some space and run this again.") from error
+        if attempt + 1 < ATTEMPTS:
+            time.sleep(max(BACKOFF * 2**attempt, getattr(reason, "wait", 0)))
+    raise DownloadError(
+        f"{source} could not be downloaded in {ATTEMPTS} attempts (last: {reason}). What had arrived is kept and will be "
+        f"resumed. Without this address, set {variable} to another URL or to a local file."
+    )
+
+
+def is_address(source: str) -> bool:
+    return re.match("https?://", source) is not None
+
+
+def _attempt(url: str, target: Path, variable: str) -> None:
+    """One try: continue `target.part` where it ends, then verify size and checksum and move it into place."""
+    part, notes = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
+    known = read_json(notes, {}) if part.exists() else {}
+    have = part.stat().st_size if known.get("version") else 0  # without a version, resuming could join two files
+    headers = {"Accept-Encoding": "identity"}
+    if have:
+        headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        _refuse(url, response, variable)
+        if response.status_code == 416:  # nothing lies beyond what is here: the file changed, or it is complete
+            if not have or have != known.get("size"):
+                part.unlink(missing_ok=True)
+                raise _Retry("the server refused to continue the file, so it is started again")
+        else:
+            stated = _stated(response)
+            resumed = response.status_code == 206
+            if resumed and (
+                not have
+                or stated["version"] != known["version"]
+                or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            ):
+                part.unlink(missing_ok=True)
+                raise _Retry("the server's file changed, so it is started again")
+            known = stated | ({"size": known["size"], "sha256": known["sha256"]} if resumed else {})
+            write_json(notes, known)
+            _receive(response, part, have if resumed else 0, known["size"], target.name)
+    size = part.stat().st_size
+    if known["size"] is not None and size != known["size"]:
+        if size > known["size"]:
+            part.unlink()
+        raise _Retry(f"{size} of {known['size']} bytes arrived")
+    if known["sha256"] and sha256(part) != known["sha256"]:
+        part.unlink()
+        raise _Retry(f"its sha256 is not {known['sha256']}, which the server states")
+    part.replace(target)
+    notes.unlink()
+
+
+def _refuse(url: str, response: requests.Response, variable: str) -> None:
+    status = response.status_code
+    if status == 429 or status >= 500:
+        wait = response.headers.get("Retry-After", "")
+        raise _Retry(f"HTTP status {status}", min(float(wait), 120) if wait.isdigit() else 0)
+    if status >= 400 and status != 416:
+        raise DownloadError(f"{url} answers with HTTP status {status}. Set {variable} to another URL or to a local file.")
+
+
+def _stated(response: requests.Response) -> dict:
+    """What the server says of the file. The hub states size and sha256 of the real file on its redirect."""
+    headers = {}
+    for answer in [*response.history, response]:
+        headers |= {k.lower(): v for k, v in answer.headers.items()}
+    digest = headers.get("x-linked-etag", "").strip('W/"')
+    length = response.headers.get("Content-Length")
+    own = response.headers
+    return {
+        # If-Range takes strong validators only
+        "version": own.get("ETag") if not own.get("ETag", "W/").startswith("W/") else own.get("Last-Modified"),
+        "size": int(headers["x-linked-size"]) if "x-linked-size" in headers else int(length) if length else None,
+        "sha256": digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
+    }
+
+
+def _receive(response: requests.Response, part: Path, have: int, size: int | None, name: str) -> None:
+    with (
+        open(part, "r+b" if have else "wb") as file,
+        tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name) as bar,
+    ):
+        file.seek(have)
+        for block in response.iter_content(1 << 20):
+            file.write(block)
+            bar.update(len(block))
+
+
+def pack_sample(folder: Path, target: Path) -> Path:
+    """The shards in `folder` as an archive like the official one, byte for byte the same every time."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.GzipFile(target, "wb", compresslevel=1, mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
+        for shard in sorted(folder.glob("data*.json")):
+            info = tarfile.TarInfo(shard.name)
+            info.size = shard.stat().st_size
+            with open(shard, "rb") as file:
+                archive.addfile(info, file)
+    return target
+
+
+def unpack(archive: Path, folder: Path) -> list[Path]:
+    """Take the `dataNN.json` members of `archive` out into `folder`, all or none; their sorted paths.
+
+    Members with absolute paths or `..`, links, devices and sparse files are refused; other files are passed over.
+    Raises ArchiveError.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+    try:
+        aside.mkdir()
+        with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, desc=f"unpacking {archive.name}") as bar:
+            for member in tar:
+                if member.name.startswith("/") or ".." in Path(member.name).parts:
+                    raise ArchiveError(f"{archive} holds {member.name!r}, a path outside the archive; it was not unpacked.")
+                if member.issparse() or not (member.isfile() or member.isdir()):
+                    raise ArchiveError(f"{archive} holds {member.name!r}, a link, device or sparse file; it was not unpacked.")
+                match = MEMBER.fullmatch(member.name)
+                if not match or not member.isfile():
+                    continue
+                with tar.extractfile(member) as read, open(aside / match[1], "wb") as write:
+                    shutil.copyfileobj(read, write, 1 << 20)
+                bar.update(member.size)
+            tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end; reading on checks gzip's checksum too
+            while rest := tar.fileobj.read(1 << 20):
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("what follows the last readable member is damaged")
+        if not any(aside.iterdir()):
+            raise ArchiveError(f"{archive} holds no member named like data00.json; is it the story archive?")
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        damaged = getattr(error, "errno", None) is None  # else the system says why, a full disk say
+        hint = " If it was downloaded, delete it to have it downloaded again." if damaged else ""
+        raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}.{hint}") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return sorted(folder.glob("data*.json"), key=lambda path: (len(path.name), path.name))

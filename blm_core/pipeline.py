@@ -9,7 +9,8 @@ build/<preset>/run        the training run        04_train
 import contextlib
 import fcntl
 
-from blm_core import data, shards, train
+from blm_core import data, train
+from blm_core import tokens as shards
 from blm_core.config import Preset
 from blm_core.tokenizer import Tokenizer
 

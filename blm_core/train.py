@@ -1,4 +1,6 @@
-"""The training loop.
+"""What a run says while it trains: lines of JSON, and tensorboard or wandb where asked for.
+
+The training loop.
 
 - bfloat16 autocast over float32 master weights, gradient accumulation, clipping, one process or many (DDP)
 - Whole stories in a window; a moving average of the weights is kept where asked for, and is then the model
@@ -24,18 +26,73 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from blm_core.batches import NOT_SCORED, Batches
-from blm_core.bootstrap import ratio_interval
 from blm_core.checkpoint import llama_config, load_state, save_model, save_state
-from blm_core.config import ConfigError, Preset, to_dict
-from blm_core.files import read_json, write_json
+from blm_core.config import ConfigError, Preset, TrainConfig, to_dict
+from blm_core.evaluate import ratio_interval, story_bits
+from blm_core.files import read_json, write_json, written_aside
 from blm_core.hardware import device_name, memory, mfu, power, precision, resolve_dtype
 from blm_core.model import LanguageModel, dropout_bytes, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers
-from blm_core.run_log import RunLog, metrics
-from blm_core.scoring import story_bits
-from blm_core.shards import TokenStories
 from blm_core.tokenizer import Tokenizer
+from blm_core.tokens import NOT_SCORED, Batches, TokenStories
+
+
+class RunLog:
+    """`metrics.jsonl`, and tensorboard or wandb where asked for. Lines after the checkpoint are dropped on a restart."""
+
+    def __init__(self, folder: Path, step: int, config: TrainConfig):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # a line that a kill cut in half belongs to a step that is repeated
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with written_aside(path) as aside:
+            aside.write_text("".join(line + "\n" for line in kept))
+        self._board = self._wandb = None
+        if config.tensorboard:
+            with _needed("tensorboard"):
+                from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        if config.wandb:
+            with _needed("wandb"):
+                import wandb
+
+            self._wandb = wandb.init(project="blm", dir=str(folder), name=folder.name, resume="allow", id=folder.name)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+
+    def write(self, **values) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        numbers = {k: v for k, v in values.items() if v is not None and k != "step"}
+        if self._board:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, values["step"])
+        if self._wandb:
+            self._wandb.log(numbers, step=values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._board:
+            self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+@contextlib.contextmanager
+def _needed(package: str):
+    """Raises ConfigError that names `package` where an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigError(
+            f"train.{package}=true cannot be followed: {error}. Install the package {package}, or leave the setting out."
+        ) from error
+
+
+def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The lines of `metrics.jsonl`: those of training, those of validation."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [x for x in lines if "loss" in x], [x for x in lines if "validation_bits_per_byte" in x]
+
 
 # What changes speed or display and not the result; a run may be continued with other values of these.
 FREE = ("micro_batch_size", "device", "compile", "checkpoint_minutes", "tensorboard", "wandb")

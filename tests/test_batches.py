@@ -10,8 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blm_core.batches import NOT_SCORED, Batches, pack
-from blm_core.shards import TokenStories
+from blm_core.tokens import NOT_SCORED, Batches, TokenStories, pack
 
 EOT = 0
 

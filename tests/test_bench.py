@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from blm_core import bench, config, pipeline
+from blm_core import config, pipeline
 from blm_core import train as training
-from blm_core.bench_ratios import PlainLoop, ratio
-from blm_core.bench_training import PARTS, QUICK, Loop, fastest_micro_batch, training_stories
 from blm_core.config import ConfigError
+from blm_core.evidence import bench
+from blm_core.evidence.bench_ratios import PlainLoop, ratio
+from blm_core.evidence.bench_training import PARTS, QUICK, Loop, fastest_micro_batch, training_stories
 from blm_core.hardware import memory, reset_memory
 from blm_core.model import flops_per_token
 

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from blm_core import bootstrap
-from blm_core.bootstrap import difference_interval, mean_interval, paired_difference, paired_interval, ratio_interval, verdict
+from blm_core import evaluate as bootstrap
+from blm_core.evaluate import difference_interval, mean_interval, paired_difference, paired_interval, ratio_interval, verdict
 
 
 def test_the_value_of_a_ratio_is_the_ratio_of_sums_and_not_the_mean_of_ratios():

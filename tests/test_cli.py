@@ -14,8 +14,8 @@ from tiny_models import save_blm
 from blm_core import __main__ as cli
 from blm_core import config, train
 from blm_core.checkpoint import load_state
+from blm_core.evidence.publish import record
 from blm_core.files import read_json, write_json
-from blm_core.publish import record
 
 TINY = [
     *("model.n_layers=2", "model.d_model=16", "model.n_heads=2", "model.n_kv_heads=1", "model.d_ff=32", "model.seq_len=32"),

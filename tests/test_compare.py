@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny_models import save_blm, save_gpt2
 
-from blm_core import compare, config
-from blm_core.compare import (
+from blm_core import config
+from blm_core.evidence import compare
+from blm_core.evidence.compare import (
     BLM,
     Recorded,
     TransformersModel,
@@ -22,9 +23,9 @@ from blm_core.compare import (
     score_stories,
     scored_elsewhere,
 )
+from blm_core.evidence.prompts import Prompt
+from blm_core.evidence.recording import RecordingError
 from blm_core.generate import Sampling
-from blm_core.prompts import Prompt
-from blm_core.recording import RecordingError
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
 SHORT = Sampling(temperature=1.0, top_p=0.9, max_tokens=6, seed=3)

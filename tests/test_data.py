@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from blm_core import clean, data, download
+from blm_core import clean, data
+from blm_core import files as download
 from blm_core.config import PRESETS, DataConfig
 from blm_core.data import SAMPLE_FOLDER, prepare, read_records, read_split, read_stories, split_files, split_hash
-from blm_core.download import ArchiveError, DownloadError
+from blm_core.files import ArchiveError, DownloadError
 
 WORDS = """apple barn candle duck engine fence goose hat island jug kettle lamp mouse nest owl pond quilt rope
 snow tent uncle van well yard zebra asked baked carried dug ended found gave heard jumped kept lost made napped opened

@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blm_core import download
-from blm_core.download import ArchiveError, DownloadError, fetch, unpack
+from blm_core import files as download
+from blm_core.files import ArchiveError, DownloadError, fetch, unpack
 
 MIB = 1 << 20
 BODY = random.Random(1).randbytes(5 * MIB // 2)
@@ -387,7 +387,7 @@ def test_what_is_neither_a_file_nor_an_address_is_reported_with_the_variable_to_
 def test_a_quota_that_is_used_up_is_reported_and_the_download_goes_on_when_it_is_lifted(server, tmp_path):
     server.answers = [whole()]
     limited = (
-        "import resource, signal, sys; from blm_core.download import fetch\n"
+        "import resource, signal, sys; from blm_core.files import fetch\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({MIB}, {MIB}))\n"
         "fetch(sys.argv[1], sys.argv[2])\n"

@@ -3,9 +3,9 @@ import pytest
 from tiny_models import save_blm, save_gpt2
 
 from blm_core.clean import words
-from blm_core.compare import BLM, TransformersModel
 from blm_core.data import read_split
-from blm_core.endings import (
+from blm_core.evidence.compare import BLM, TransformersModel
+from blm_core.evidence.endings import (
     LENGTH_TOLERANCE,
     chosen_rightly,
     ending_items,

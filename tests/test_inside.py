@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from blm_core import data, inside
+from blm_core import data
 from blm_core.config import ModelConfig
-from blm_core.inside import CLASSES, DISTANCES, Survey
+from blm_core.evidence import inside
+from blm_core.evidence.inside import CLASSES, DISTANCES, Survey
 from blm_core.model import LanguageModel
 
 STORY = (

@@ -11,13 +11,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blm_core import judge, sheets
 from blm_core.__main__ import main
 from blm_core.config import ConfigError
-from blm_core.judge import Endpoint, Judge, JudgeError, parse_answer
-from blm_core.judge import endpoint_from_environment as from_environment
-from blm_core.ratings import Rating, RatingsError, read_ratings
-from blm_core.sheets import Form, comparable, items, pairs, read_marks
+from blm_core.evidence import judge, sheets
+from blm_core.evidence.judge import Endpoint, Judge, JudgeError, parse_answer
+from blm_core.evidence.judge import endpoint_from_environment as from_environment
+from blm_core.evidence.ratings import Rating, RatingsError, read_ratings
+from blm_core.evidence.sheets import Form, comparable, items, pairs, read_marks
 
 KEY = "not-a-real-key-83c1"
 MARKS = {"grammar": 7, "creativity": 5, "consistency": 6.5, "plot": 4, "age": "6-7"}

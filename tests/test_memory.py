@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from blm_core import memory
 from blm_core.clean import words
-from blm_core.memory import Index, rouge_2
+from blm_core.evidence import memory
+from blm_core.evidence.memory import Index, rouge_2
 
 STORIES = [
     "The small red boat went over the lake. It found a golden shell.",

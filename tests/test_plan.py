@@ -5,8 +5,8 @@ import json
 import pytest
 
 from blm_core.config import PRESETS, ConfigError
+from blm_core.evidence.plan import Budget, assumed, find_speed, plan, plan_note, plan_table, read_speed
 from blm_core.model import flops_per_token
-from blm_core.plan import Budget, assumed, find_speed, plan, plan_note, plan_table, read_speed
 
 A100 = PRESETS["a100"]
 

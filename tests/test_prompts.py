@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from blm_core.prompts import GROUPS, Prompt, PromptError, answered, read_prompts, yaml_list
+from blm_core.evidence.prompts import GROUPS, Prompt, PromptError, answered, read_prompts, yaml_list
 
 
 def test_there_are_sixty_own_prompts_or_more_in_four_groups():

@@ -10,10 +10,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blm_core import publish
 from blm_core.config import ROOT, Preset
+from blm_core.evidence import publish
+from blm_core.evidence.publish import NOTEBOOKS, PublishError
 from blm_core.files import read_json, write_json
-from blm_core.publish import NOTEBOOKS, PublishError
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"

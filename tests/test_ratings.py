@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from blm_core import ratings
-from blm_core.ratings import ELO, Rating, RatingsError, bradley_terry, cohens_kappa, krippendorff_alpha
+from blm_core.evidence import ratings
+from blm_core.evidence.ratings import ELO, Rating, RatingsError, bradley_terry, cohens_kappa, krippendorff_alpha
 
 MARKS = {"grammar": 5, "creativity": 5, "consistency": 5, "plot": 5, "age": "6-7"}
 # Four observers and twelve units, some gaps (Krippendorff, Computing Krippendorff's Alpha-Reliability, 2011, part C).

@@ -12,8 +12,8 @@ import yaml
 
 from blm_core import config
 from blm_core.config import ROOT
+from blm_core.evidence.publish import NOTEBOOKS, SOURCE_TEXT
 from blm_core.model import parameter_counts
-from blm_core.publish import NOTEBOOKS, SOURCE_TEXT
 
 LABEL = re.compile(r"^#\|\s*label:\s*(\S+)", re.MULTILINE)
 EMBED = re.compile(r"{{<\s*embed\s+(\S+?)#(\S+?)\s*(?:echo=\w+\s*)?>}}")

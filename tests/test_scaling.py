@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from blm_core.scaling import Law, fit, interval, resampled
+from blm_core.evidence.scaling import Law, fit, interval, resampled
 
 TRUE = Law(E=0.5, A=0.2, B=0.4, alpha=0.6, beta=0.35)
 N = np.repeat([0.05, 0.1, 0.3, 1.0, 3.0], 4)

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from blm_core.config import ModelConfig
-from blm_core.evaluate import score
+from blm_core.evaluate import score, story_bits, windows
 from blm_core.model import LanguageModel
-from blm_core.scoring import story_bits, windows
 
 CPU = torch.device("cpu")
 TEXTS = [

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from blm_core.config import TokenizerConfig
-from blm_core.shards import TokenStories, encode_splits, prepare_tokenizer
 from blm_core.tokenizer import Tokenizer, train
+from blm_core.tokens import TokenStories, encode_splits, prepare_tokenizer
 
 TRAIN = [
     [f"The {animal} had {n} apples.\nIt ate one and slept." for n in range(2, 6)] for animal in ("goat", "hen", "old mouse")

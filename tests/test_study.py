@@ -5,10 +5,11 @@ import math
 
 import pytest
 
-from blm_core import study, train
+from blm_core import train
 from blm_core.config import ConfigError
+from blm_core.evidence import study
+from blm_core.evidence.study import Study
 from blm_core.files import read_json
-from blm_core.study import Study
 
 TINY = [
     *("data.archive=sample", "data.validation_file=", "tokenizer.vocab_size=400", "tokenizer.sweep=400"),

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from blm_core import text_measures as tm
-from blm_core.bootstrap import Interval
+from blm_core.evaluate import Interval
+from blm_core.evidence import text_measures as tm
 
 STORIES = ["A cat sat.", "A cat ran. Cat, cat!", "A dog ran."]
 

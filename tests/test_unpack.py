@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from blm_core.data import SAMPLE_FOLDER
-from blm_core.download import ArchiveError, pack_sample, unpack
+from blm_core.files import ArchiveError, pack_sample, unpack
 
 
 def file(name: str, body: bytes = b"[]", **fields) -> tuple[tarfile.TarInfo, bytes]:
@@ -159,7 +159,7 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_archive(tmp_path):
 
 def test_a_full_quota_is_reported_and_leaves_nothing(tmp_path, sound):
     code = (
-        "import resource, signal, sys; from pathlib import Path; from blm_core.download import unpack\n"
+        "import resource, signal, sys; from pathlib import Path; from blm_core.files import unpack\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
@@ -173,7 +173,7 @@ def test_a_full_quota_is_reported_and_leaves_nothing(tmp_path, sound):
 
 def test_what_a_killed_run_left_is_cleared_away(tmp_path, sound):
     code = (
-        "import resource, signal, sys; from pathlib import Path; from blm_core.download import unpack\n"
+        "import resource, signal, sys; from pathlib import Path; from blm_core.files import unpack\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write beyond the limit kills\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
         "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"

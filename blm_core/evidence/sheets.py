@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from blm_core.clean import CLOSED, normalise
-from blm_core.compare import recorded
 from blm_core.config import ConfigError
-from blm_core.endings import sentences
+from blm_core.evidence.compare import recorded
+from blm_core.evidence.endings import sentences
+from blm_core.evidence.ratings import AGES, CRITERIA, Rating, RatingsError, check_marks, read_ratings, write_ratings
 from blm_core.files import read_json, write_json, written_aside
-from blm_core.ratings import AGES, CRITERIA, Rating, RatingsError, check_marks, read_ratings, write_ratings
 
 CUTS = {
     "sentences": "the longer one cut behind the sentence with which it comes closest to the length of the shorter",

@@ -7,8 +7,8 @@ their rows say so. Without such a benchmark the speed is assumed, and every row 
 from dataclasses import dataclass
 from pathlib import Path
 
-from blm_core.bench import BENCHMARKS, read
 from blm_core.config import PRESETS, ConfigError, ModelConfig
+from blm_core.evidence.bench import BENCHMARKS, read
 from blm_core.hardware import PEAK_FLOPS
 from blm_core.model import flops_per_token, parameter_counts
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from blm_core import config as configuration
-from blm_core import data, pipeline, shards
-from blm_core.bench_training import Effort, Loop, training_stories
+from blm_core import data, pipeline
+from blm_core import tokens as shards
 from blm_core.checkpoint import load_model, save_model
 from blm_core.config import ROOT, Preset
+from blm_core.evidence.bench_training import Effort, Loop, training_stories
 from blm_core.generate import Decoder, Sampling, sample_tokens
 from blm_core.hardware import resolve_dtype
 from blm_core.model import LanguageModel

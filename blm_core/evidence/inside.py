@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from blm_core.bootstrap import LEVEL, RESAMPLES, Interval, ratio_interval
+from blm_core.evaluate import LEVEL, RESAMPLES, Interval, ratio_interval
 from blm_core.model import LanguageModel, rotate
 from blm_core.tokenizer import SPACE_MARK, Tokenizer
 

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blm_core.batches import Batches
 from blm_core.config import Preset
 from blm_core.files import read_json
 from blm_core.hardware import PEAK_FLOPS, EnergyMeter, memory, mfu, reset_memory, resolve_dtype
 from blm_core.model import LanguageModel, flops_per_token, parameter_counts
 from blm_core.optimizer import learning_rate, make_optimizers
-from blm_core.shards import TokenStories
+from blm_core.tokens import Batches, TokenStories
 from blm_core.train import Processes, _compiled, _step
 
 PARTS = ("data", "forward", "backward", "optimizer")

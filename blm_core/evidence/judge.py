@@ -18,9 +18,9 @@ import requests
 from tqdm import tqdm
 
 from blm_core.config import ConfigError
+from blm_core.evidence.ratings import Rating, RatingsError, check_marks
+from blm_core.evidence.sheets import ANSWER, Form, Item, hashed, no_constants, no_doubles
 from blm_core.files import read_json, write_json
-from blm_core.ratings import Rating, RatingsError, check_marks
-from blm_core.sheets import ANSWER, Form, Item, hashed, no_constants, no_doubles
 
 BACKOFF = 1.0  # seconds before the second attempt, doubled each time
 LONGEST_WAIT = 120.0  # seconds that a server may ask for

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from blm_core.bootstrap import LEVEL, RESAMPLES, Interval, mean_interval
+from blm_core.evaluate import LEVEL, RESAMPLES, Interval, mean_interval
+from blm_core.evidence.recording import read_lines
 from blm_core.files import written_aside
-from blm_core.recording import read_lines
 
 CRITERIA = ("grammar", "creativity", "consistency", "plot")
 AGES = ("3 or under", "4-5", "6-7", "8-9", "10-12", "13-16", "17 or over")

@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blm_core.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2
 from blm_core.config import ROOT
+from blm_core.evidence.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2
+from blm_core.evidence.prompts import read_prompts
+from blm_core.evidence.recording import versions
 from blm_core.files import read_json
 from blm_core.hardware import EnergyMeter
 from blm_core.model import KeyValueCache
-from blm_core.prompts import read_prompts
-from blm_core.recording import versions
 
 ARCHITECTURES = {"gpt2-xl": GPT2_XL}  # what can stand in for weights that cannot be loaded
 GPT2_VOCABULARY = 50_257

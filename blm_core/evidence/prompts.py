@@ -11,7 +11,7 @@ from pathlib import Path
 
 from blm_core.clean import words
 from blm_core.config import HUB, ROOT
-from blm_core.download import fetch
+from blm_core.files import fetch
 
 GROUPS = ("story", "factual", "reasoning", "context-tracking")
 OWN = Path(__file__).with_name("prompts.json")

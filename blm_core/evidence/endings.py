@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from blm_core.bootstrap import mean_interval, paired_difference, paired_interval, verdict
 from blm_core.clean import words
-from blm_core.compare import ComparedModel
+from blm_core.evaluate import mean_interval, paired_difference, paired_interval, verdict
+from blm_core.evidence.compare import ComparedModel
 
 CHOICES = 4  # endings per story, one of them true
 LENGTH_TOLERANCE = 0.25  # a wrong ending's bytes differ from the true one's by at most this share

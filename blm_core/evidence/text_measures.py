@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from blm_core.bootstrap import Interval, mean_interval
 from blm_core.clean import CLOSED, fold, words
-from blm_core.endings import sentences
+from blm_core.evaluate import Interval, mean_interval
+from blm_core.evidence.endings import sentences
 
 # A capitalised word behind a lower-case letter, a digit or a comma: it is not capitalised because a sentence starts.
 NAME = re.compile(r"(?<=[a-z0-9,;] )[A-Z][a-z]+")

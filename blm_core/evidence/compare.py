@@ -25,14 +25,13 @@ import torch
 from numpy.typing import ArrayLike
 from tqdm import tqdm
 
-from blm_core.bootstrap import mean_interval, paired_interval, ratio_interval, verdict
 from blm_core.checkpoint import load_model
 from blm_core.config import Preset
+from blm_core.evaluate import mean_interval, paired_interval, ratio_interval, story_bits, verdict
+from blm_core.evidence.prompts import Prompt
+from blm_core.evidence.recording import RecordingError, append_lines, read_lines, resume, versions
 from blm_core.files import sha256
 from blm_core.generate import Sampling, next_tokens, sample_tokens
-from blm_core.prompts import Prompt
-from blm_core.recording import RecordingError, append_lines, read_lines, resume, versions
-from blm_core.scoring import story_bits
 from blm_core.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise

@@ -1,0 +1,1 @@
+"""What experiments and comparison need, and training and sampling do not."""
