@@ -1,0 +1,403 @@
+// The interface: what the reader sees of the model, and what a click or a key does.
+
+const root = document.getElementById("blm");
+const find = (selector) => root.querySelector(selector);
+const form = find("form"), story = find(".story"), others = find(".others"), head = find("select[name=head]");
+const SURPRISE = 8; // bits at which the shading is darkest
+const CANDIDATES = 8; // beginnings of words that are looked at for the five likeliest words
+const percent = (p) => (p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(1)} %`);
+
+let model = null;
+let tokens = []; // the story so far, from the start token on; the model holds their keys and values
+let notes = []; // of each token: bits of surprise, the likeliest tokens there, and whether the reader gave it
+let words = []; // { first, end, span }: tokens first .. end - 1 are one word on the screen
+let chosen = null; // the word that is open
+let writing = null; // an object while a story is written; `writing.stop` ends it
+let asked = 0; // when the reader asked for a story
+
+// Words.
+
+// Whether `token` goes on with the word that ends in the tokens `word`.
+function continues(word, token) {
+  if (token === model.vocabulary.eot || word.at(-1) === model.vocabulary.eot) return false;
+  if (model.byteOf.has(token) && model.byteOf.has(word.at(-1))) return true;
+  return /[\p{L}\p{N}'\u2019]$/u.test(model.decode(word)) && /^[\p{L}\p{N}'\u2019]/u.test(model.decode([token]));
+}
+
+function label(word) {
+  if (word[0] === model.vocabulary.eot) return "\u25a0";
+  const text = model.decode(word);
+  return text === "\n" ? "\u21b5" : text.trim() || "\u2423";
+}
+
+const tokensOf = ({ first, end }) => tokens.slice(first, end);
+const name = (word) => (tokens[word.first] === model.vocabulary.eot ? (word.first ? "the end" : "the start") : label(tokensOf(word)));
+
+// Put the token at `at` on the screen: into the last word, or as a new one.
+function show(at) {
+  const last = words.at(-1);
+  if (last && continues(tokensOf(last), tokens[at])) last.end = at + 1;
+  else {
+    const span = document.createElement("span");
+    span.className = "word";
+    span.setAttribute("role", "button");
+    span.tabIndex = words.length ? -1 : 0;
+    words.push({ first: at, end: at + 1, span });
+    if (at && model.decode([tokens[at]]).startsWith(" ")) story.append(" ");
+    story.append(span);
+    if (tokens[at] === model.ids.get("\n")) story.append("\n");
+  }
+  const word = words.at(-1);
+  word.span.textContent = label(tokensOf(word));
+  word.span.classList.toggle("given", notes[word.first].given);
+  word.span.classList.toggle("mark", /^[\u25a0\u21b5\u2423]$/.test(word.span.textContent));
+  word.span.classList.toggle("attention-only", word.first === 0); // the start token is seen only where heads look at it
+  shade(word);
+}
+
+function shade(word, look = null) {
+  const bits = notes.slice(word.first, word.end).reduce((sum, note) => sum + note.bits, 0);
+  const shade = look ? Math.sqrt(look(word)) : root.classList.contains("attention") ? 0 : Math.min(1, bits / SURPRISE);
+  word.span.style.setProperty("--shade", shade.toFixed(3));
+  word.span.title = look ? `${percent(look(word))} of the attention` : word.first ? `${bits.toFixed(1)} bits` : "";
+}
+
+// The story.
+
+let paused = 0;
+async function breathe() { // lets the browser draw and answer
+  if (performance.now() - paused < 12) return;
+  await new Promise((done) => setTimeout(done));
+  paused = performance.now();
+}
+
+function extend(token, given) {
+  if (tokens.length) {
+    const p = probabilities(model.logits);
+    notes.push({ bits: -Math.log2(p[token]), likely: likeliest(p, CANDIDATES).map((id) => [id, p[id]]), given });
+  } else notes.push({ bits: 0, likely: [], given });
+  tokens.push(token);
+  model.step(token, tokens.length - 1);
+  show(tokens.length - 1);
+}
+
+// Keep the first `length` tokens, and let the model stand behind the last of them.
+function rewind(length) {
+  tokens.length = notes.length = length;
+  words = [];
+  story.replaceChildren();
+  for (let at = 0; at < length; at++) show(at);
+  if (length) model.step(tokens[length - 1], length - 1);
+}
+
+// Write a story that begins with the tokens `beginning`, which the reader gave from number `from` on.
+async function write(beginning, from = 0) {
+  const { seq_len } = model.config, { eot } = model.vocabulary;
+  const settings = { temperature: Number(form.temperature.value), topP: model.sampling.topP };
+  const mine = (writing = { stop: false });
+  close();
+  find(".write").textContent = "Stop";
+  find(".views").hidden = find(".paper").hidden = false;
+  story.classList.add("writing");
+  find(".status").textContent = find(".spoken[aria-live]").textContent = "";
+  let same = 0;
+  while (same < beginning.length && tokens[same] === beginning[same]) same++;
+  notes.slice(from).forEach((note) => (note.given = true));
+  rewind(same);
+  for (const token of beginning.slice(same)) {
+    extend(token, true);
+    await breathe();
+    if (mine.stop) break;
+  }
+  const started = performance.now();
+  let count = 0, first = 0, said = tokens.length;
+  while (!mine.stop && tokens.length < seq_len && tokens.at(-1) !== eot) {
+    extend(choose(model.logits, settings, random(Number(form.seed.value), tokens.length)), false);
+    first ||= performance.now() - asked;
+    count++;
+    if (/[.!?]["\u201d]?$/.test(model.decode(tokens.slice(-2)))) said = say(said); // a screen reader hears whole sentences
+    await breathe();
+  }
+  say(said);
+  const speed = count / ((performance.now() - started) / 1000);
+  find(".status").textContent = `${count} tokens, ${speed.toFixed(0)} per second` +
+    (tokens.length >= seq_len ? `; the context of ${seq_len} tokens is full` : "") +
+    [...model.off].map((off) => `; head ${off.split(".").map((n) => Number(n) + 1).join(".")} is off`).join("");
+  Object.assign(root.dataset, { tokensPerSecond: speed.toFixed(1), firstWordMs: first.toFixed(0) });
+  story.classList.remove("writing");
+  find(".write").textContent = "Write";
+  writing = null;
+}
+
+function say(from) {
+  find(".spoken[aria-live]").append(model.decode(tokens.slice(from)));
+  return tokens.length;
+}
+
+const stopped = async () => {
+  if (writing) writing.stop = true;
+  while (writing) await new Promise((done) => setTimeout(done, 10));
+};
+
+async function load() {
+  if (model) return;
+  const bar = find(".bar");
+  bar.hidden = false;
+  const draw = (part) => new Promise((done) => ((bar.firstElementChild.value = part), setTimeout(done)));
+  model = await Model.load(document.getElementById("blm-model").textContent, draw);
+  bar.hidden = true;
+  listHeads();
+}
+
+async function begin() {
+  asked = performance.now();
+  try {
+    await load();
+  } catch (error) {
+    find(".bar").hidden = true;
+    find(".status").textContent = `The model could not be unpacked by this browser (${error.message}). A browser of 2023 or later can.`;
+    return;
+  }
+  const beginning = [model.vocabulary.eot, ...model.encode(form.beginning.value)];
+  if (beginning.length >= model.config.seq_len) {
+    find(".status").textContent = `The beginning has ${beginning.length} tokens; with ${model.config.seq_len} the context is full. Shorten it.`;
+    return;
+  }
+  await write(beginning);
+}
+
+// Other words.
+
+// The likeliest word that begins with `token` at position `at`, and its probability.
+function complete(token, p, at) {
+  const word = [token];
+  while (word.length < 6 && at + word.length < model.config.seq_len) {
+    const next = probabilities(model.step(word.at(-1), at + word.length - 1));
+    const [best] = likeliest(next, 1);
+    if (!continues(word, best)) break;
+    word.push(best);
+    p *= next[best];
+  }
+  return { word, p };
+}
+
+// The five likeliest words at the place of `place`, besides the one that stands there.
+function alternatives(place) {
+  const found = new Map();
+  for (const [token, p] of notes[place.first].likely) {
+    const other = complete(token, p, place.first);
+    const text = label(other.word);
+    if (text !== label(tokensOf(place)) && !found.has(text)) found.set(text, other);
+  }
+  const written = Math.min(tokens.length, place.first + 6);
+  for (let at = place.first; at < written; at++) model.step(tokens[at], at); // these positions held other words
+  return [...found.values()].sort((a, b) => b.p - a.p).slice(0, 5);
+}
+
+function row(tag, text, p, largest) {
+  const line = document.createElement(tag);
+  line.className = "choice";
+  line.innerHTML = "<b></b><i></i><span></span>";
+  line.children[0].textContent = text;
+  line.children[1].style.setProperty("--part", p / largest);
+  line.children[2].textContent = percent(p);
+  return line;
+}
+
+function openOthers(word) {
+  const bits = notes.slice(word.first, word.end).reduce((sum, note) => sum + note.bits, 0);
+  const offered = alternatives(word);
+  const title = document.createElement("p");
+  title.textContent = `Instead of \u201c${name(word)}\u201d (${percent(2 ** -bits)}), the model thought of`;
+  const shut = document.createElement("button");
+  Object.assign(shut, { type: "button", className: "close", textContent: "\u00d7", onclick: () => close(true) });
+  shut.setAttribute("aria-label", "Close");
+  const largest = Math.max(2 ** -bits, ...offered.map((other) => other.p));
+  const choices = offered.map(({ word: other, p }) => {
+    const text = other[0] === model.vocabulary.eot ? "the end" : label(other);
+    const button = row("button", text, p, largest);
+    button.type = "button";
+    button.setAttribute("aria-label", `${text}, ${percent(p)}: go on from there`);
+    button.onclick = () => ((asked = performance.now()), stopped()).then(() => write([...tokens.slice(0, word.first), ...other], word.first)).then(() => focusOn(words.at(-1)));
+    return button;
+  });
+  others.replaceChildren(shut, title, ...choices);
+  others.hidden = false;
+  const paper = find(".paper").getBoundingClientRect(), place = word.span.getClientRects()[0];
+  others.style.top = `${place.bottom - paper.top + 6}px`;
+  others.style.left = `${Math.max(0, Math.min(place.left - paper.left - 12, paper.width - others.offsetWidth))}px`;
+  choices[0].focus({ preventScroll: true });
+}
+
+function close(refocus) {
+  if (chosen) chosen.span.classList.remove("chosen");
+  if (refocus && chosen) focusOn(chosen);
+  chosen = null;
+  others.hidden = true;
+  find(".looked").replaceChildren();
+}
+
+async function choosePlace(word) {
+  const { first } = word;
+  await stopped();
+  close();
+  chosen = words.find((other) => other.first === first);
+  chosen.span.classList.add("chosen");
+  focusOn(chosen);
+  if (root.classList.contains("attention")) look(chosen);
+  else openOthers(chosen);
+}
+
+// Attention.
+
+const headAt = () => head.value.split(".").map(Number);
+
+function listHeads() {
+  const { n_layers, n_heads } = model.config;
+  const option = (layer, h, text = "") => new Option(`${layer + 1}.${h + 1}${text}`, `${layer}.${h}`);
+  const group = (title, options) => {
+    const element = document.createElement("optgroup");
+    element.label = title;
+    element.append(...options);
+    return options.length ? [element] : [];
+  };
+  const named = model.heads.map((found) => option(found.layer - 1, found.head - 1, ` ${found.name}`));
+  const all = Array.from({ length: n_layers * n_heads }, (_, i) => option(Math.floor(i / n_heads), i % n_heads));
+  head.replaceChildren(...group("Found in the report (layer.head)", named), ...group("All heads (layer.head)", all));
+  chooseHead();
+}
+
+function chooseHead() {
+  const [layer, h] = headAt();
+  const found = model.heads.find((one) => one.layer === layer + 1 && one.head === h + 1);
+  find(".what").textContent = found?.what ?? "";
+  find(".switch").textContent = model.off.has(head.value) ? "Switch this head on and write again" : "Switch this head off and write again";
+  if (chosen) look(chosen);
+  else words.forEach((word) => shade(word));
+}
+
+// Shade every word by how much the chosen head looked at it from the last token of `word`.
+function look(word) {
+  const [layer, h] = headAt();
+  model.step(tokens[word.end - 1], word.end - 1);
+  const weights = model.attention[layer][h].slice(0, word.end);
+  const share = (seen) => weights.slice(seen.first, seen.end).reduce((sum, weight) => sum + weight, 0);
+  words.forEach((seen) => shade(seen, share));
+  const seen = words.filter((other) => other.first < word.end).sort((a, b) => share(b) - share(a)).slice(0, 5);
+  const title = document.createElement("p");
+  title.textContent = `At \u201c${name(word)}\u201d, head ${layer + 1}.${h + 1} looked at`;
+  find(".looked").replaceChildren(title, ...seen.map((other) => row("div", name(other), share(other), share(seen[0]))));
+  find(".spoken[aria-live]").textContent = `${title.textContent} ${seen.map((o) => `${name(o)} ${percent(share(o))}`).join(", ")}`;
+}
+
+async function switchHead() {
+  await stopped();
+  const before = model.decode(tokens), on = model.off.has(head.value);
+  if (on) model.off.delete(head.value);
+  else model.off.add(head.value);
+  const written = notes.findIndex((note) => !note.given);
+  const beginning = written < 0 ? [...tokens] : tokens.slice(0, written);
+  close();
+  tokens = [];
+  asked = performance.now();
+  await write(beginning);
+  chooseHead();
+  const now = model.decode(tokens);
+  let same = 0;
+  while (same < now.length && now[same] === before[same]) same++;
+  const [layer, h] = headAt();
+  const details = find(".before");
+  details.hidden = false;
+  details.firstElementChild.textContent = now === before ? "The same story as before" :
+    `Before head ${layer + 1}.${h + 1} was switched ${on ? "on" : "off"}, the story went`;
+  const shared = document.createElement("span");
+  shared.className = "same";
+  shared.textContent = before.slice(0, same);
+  details.lastElementChild.replaceChildren(shared, before.slice(same));
+}
+
+function view(kind) {
+  close();
+  root.classList.remove("surprise", "attention");
+  root.classList.add(kind);
+  find(`[name=view][value=${kind}]`).checked = true;
+  words.forEach((word) => shade(word));
+  if (kind === "attention") chooseHead();
+}
+
+// A link to #head-6-4 anywhere in the report opens head 6.4.
+async function follow() {
+  const link = /^#head-(\d+)-(\d+)$/.exec(location.hash);
+  if (!link) return;
+  root.scrollIntoView();
+  if (!tokens.length) await begin();
+  if (!model) return;
+  head.value = `${link[1] - 1}.${link[2] - 1}`;
+  view("attention");
+  focusOn(words.at(-1));
+}
+
+// Keys and clicks.
+
+function focusOn(word) {
+  words.forEach((other) => (other.span.tabIndex = other === word ? 0 : -1));
+  word.span.focus();
+}
+
+const wordOf = (target) => words.find((word) => word.span === target);
+
+story.addEventListener("click", (event) => wordOf(event.target) && choosePlace(wordOf(event.target)));
+story.addEventListener("keydown", (event) => {
+  const at = words.findIndex((word) => word.span === event.target);
+  if (at < 0) return;
+  const shown = words.filter((word) => word.span.offsetParent), i = shown.indexOf(words[at]);
+  const box = event.target.getBoundingClientRect();
+  const onLine = (direction) => { // the nearest word on the next line in this direction
+    const lines = shown.map((word) => [word, word.span.getBoundingClientRect()]).filter(([, r]) => direction * (r.top - box.top) > box.height / 2);
+    const top = direction > 0 ? Math.min(...lines.map(([, r]) => r.top)) : Math.max(...lines.map(([, r]) => r.top));
+    return lines.filter(([, r]) => Math.abs(r.top - top) < 4).sort(([, a], [, b]) => Math.abs(a.left - box.left) - Math.abs(b.left - box.left))[0]?.[0];
+  };
+  const moves = { ArrowRight: () => shown[i + 1], ArrowLeft: () => shown[i - 1], Home: () => shown[0], End: () => shown.at(-1),
+    ArrowDown: () => onLine(1), ArrowUp: () => onLine(-1) };
+  if (event.key === "Enter" || event.key === " ") choosePlace(words[at]);
+  else if (event.key in moves) moves[event.key]() && focusOn(moves[event.key]());
+  else return;
+  event.preventDefault();
+});
+others.addEventListener("keydown", (event) => {
+  const choices = [...others.querySelectorAll(".choice")], at = choices.indexOf(document.activeElement);
+  const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (event.key === "Escape") close(true);
+  else if (step) choices[(at + step + choices.length) % choices.length].focus();
+  else return;
+  event.preventDefault();
+});
+document.addEventListener("click", (event) => {
+  if (!others.hidden && event.target.isConnected && !others.contains(event.target) && !wordOf(event.target)) close();
+});
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  find(".before").hidden = true;
+  if (writing) writing.stop = true;
+  else begin();
+});
+form.beginning.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), form.requestSubmit();
+});
+find(".another").addEventListener("click", () => {
+  form.seed.value = Number(form.seed.value) + 1;
+  stopped().then(begin);
+});
+form.temperature.addEventListener("input", () => (form.degree.value = Number(form.temperature.value).toFixed(1)));
+root.addEventListener("change", (event) => {
+  if (event.target.name === "view") view(event.target.value);
+  if (event.target === head) chooseHead();
+});
+find(".switch").addEventListener("click", switchHead);
+window.addEventListener("hashchange", follow);
+
+form.temperature.dispatchEvent(new Event("input"));
+document.getElementById("blm-here")?.replaceChildren(root); // the still picture gives its place to the model itself
+root.hidden = false;
+view("surprise");
+follow();
