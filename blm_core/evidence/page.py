@@ -6,7 +6,9 @@
 """
 
 import base64
+import html
 import json
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -17,10 +19,13 @@ from torch import Tensor
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT
 from blm_core.files import read_json, written_aside
+from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
-from blm_core.tokenizer import Tokenizer
+from blm_core.tokenizer import SPACE_MARK, Tokenizer
 
 SOURCES = Path(__file__).parent / "page"
+BEGINNING = "Once upon a time"
+SURPRISE, SHADE = 8, 0.75  # bits at which a word is shaded darkest, and how dark, as in page.js and page.css
 CONFIG = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "seq_len", "rope_base", "norm_eps")
 
 
@@ -74,21 +79,56 @@ def pack(release: Path, heads: list[dict]) -> str:
     return base64.b64encode(zlib.compress(struct.pack("<I", len(text)) + text + b"".join(numbers + whole), 9)).decode()
 
 
+@torch.no_grad()
+def story(release: Path) -> list[tuple[str, float]]:
+    """The first story that the model in `release` writes, as text and bits of surprise of each token."""
+    model, tokenizer = load_model(release)
+    text = BEGINNING + complete(model, tokenizer, [BEGINNING], Sampling())[0]
+    tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text)])
+    bits = -model(tokens[None, :-1])[0].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1) / math.log(2)
+    texts = [tokenizer.piece(token).replace(SPACE_MARK, " ") for token in tokens[1:]]
+    return list(zip(texts, bits.tolist(), strict=True))
+
+
+def still(words: list[tuple[str, float]]) -> str:
+    """`words` and their surprise as Markdown for Quarto: shaded text for HTML without a script, and for the PDF."""
+    shades = [(text, min(1.0, bits / SURPRISE) * SHADE) for text, bits in words]
+    spans = [f'<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text)}</span>' for text, shade in shades]
+    # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
+    colours = ["#" + "".join(f"{round(255 - (255 - c) * shade):02x}" for c in (214, 96, 40)) for _, shade in shades]
+    marked = [
+        "#linebreak()" if text == "\n" else f'#highlight(fill: rgb("{colour}"))[#text({json.dumps(text, ensure_ascii=False)})]'
+        for (text, _), colour in zip(shades, colours, strict=True)
+    ]
+    return f"""```{{=html}}
+<blockquote id="blm-still" style="white-space:pre-wrap">{"".join(spans)}</blockquote>
+```
+
+```{{=typst}}
+#block(inset: (left: 1em, y: 0.5em))[{"".join(marked)}]
+```
+"""
+
+
 def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads.json") -> None:
-    """Write `out/page.html`, the fragment that the report includes: the model in `release` and the interface to it.
+    """Write what the report includes: `out/page.html`, the model in `release` and its interface, and `out/still.md`, one story.
 
     `heads` may hold what the inside view found: a list of {"name", "layer", "head", "what"}, counted from 1 as in the report.
     """
     style, markup, engine, page = ((SOURCES / n).read_text("utf-8") for n in ("page.css", "page.html", "engine.js", "page.js"))
+    model, _ = load_model(release)
     temperature = read_json(Path(release) / "generation_config.json")["temperature"]
+    parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
     parts = [
         f"<style>\n{style}</style>",
-        markup.replace("{temperature}", str(temperature)),
+        markup.replace("{temperature}", str(temperature)).replace("{parameters}", f"{parameters:.2f}"),
         f'<script type="text/plain" id="blm-model">{pack(Path(release), read_json(heads, []))}</script>',
         f"<script>\n(() => {{\n{engine}\n{page}\n}})();\n</script>",
     ]
     with written_aside(Path(out) / "page.html") as aside:
         aside.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    with written_aside(Path(out) / "still.md") as aside:
+        aside.write_text(still(story(release)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 const root = document.getElementById("blm");
 const find = (selector) => root.querySelector(selector);
 const form = find("form"), story = find(".story"), others = find(".others"), head = find("select[name=head]");
+const still = document.getElementById("blm-still"); // a story without a script; it gives its place to the first one written
 const SURPRISE = 8; // bits at which the shading is darkest
 const CANDIDATES = 8; // beginnings of words that are looked at for the five likeliest words
 const percent = (p) => (p < 0.001 ? "<0.1 %" : `${(100 * p).toFixed(1)} %`);
@@ -98,6 +99,7 @@ async function write(beginning, from = 0) {
   close();
   find(".write").textContent = "Stop";
   find(".views").hidden = find(".paper").hidden = false;
+  still?.setAttribute("hidden", "");
   story.classList.add("writing");
   find(".status").textContent = find(".spoken[aria-live]").textContent = "";
   let same = 0;
@@ -273,7 +275,10 @@ function chooseHead() {
   find(".what").textContent = found?.what ?? "";
   find(".switch").textContent = model.off.has(head.value) ? "Switch this head on and write again" : "Switch this head off and write again";
   if (chosen) look(chosen);
-  else words.forEach((word) => shade(word));
+  else {
+    words.forEach((word) => shade(word));
+    find(".looked").textContent = "Click a word to see what this head looked at when it read it.";
+  }
 }
 
 // Shade every word by how much the chosen head looked at it from the last token of `word`.
@@ -283,7 +288,7 @@ function look(word) {
   const weights = model.attention[layer][h].slice(0, word.end);
   const share = (seen) => weights.slice(seen.first, seen.end).reduce((sum, weight) => sum + weight, 0);
   words.forEach((seen) => shade(seen, share));
-  const seen = words.filter((other) => other.first < word.end).sort((a, b) => share(b) - share(a)).slice(0, 5);
+  const seen = words.filter((other) => share(other) >= 0.001).sort((a, b) => share(b) - share(a)).slice(0, 5);
   const title = document.createElement("p");
   title.textContent = `At \u201c${name(word)}\u201d, head ${layer + 1}.${h + 1} looked at`;
   find(".looked").replaceChildren(title, ...seen.map((other) => row("div", name(other), share(other), share(seen[0]))));
@@ -397,7 +402,7 @@ find(".switch").addEventListener("click", switchHead);
 window.addEventListener("hashchange", follow);
 
 form.temperature.dispatchEvent(new Event("input"));
-document.getElementById("blm-here")?.replaceChildren(root); // the still picture gives its place to the model itself
+still?.before(root);
 root.hidden = false;
 view("surprise");
 follow();
