@@ -93,7 +93,10 @@ def story(release: Path) -> list[tuple[str, float]]:
 def still(words: list[tuple[str, float]]) -> str:
     """`words` and their surprise as Markdown for Quarto: shaded text for HTML without a script, and for the PDF."""
     shades = [(text, min(1.0, bits / SURPRISE) * SHADE) for text, bits in words]
-    spans = [f'<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text)}</span>' for text, shade in shades]
+    spans = [
+        f'{" " * text.startswith(" ")}<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text.lstrip(" "))}</span>'
+        for text, shade in shades
+    ]
     # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
     colours = ["#" + "".join(f"{round(255 - (255 - c) * shade):02x}" for c in (214, 96, 40)) for _, shade in shades]
     marked = [
@@ -101,7 +104,7 @@ def still(words: list[tuple[str, float]]) -> str:
         for (text, _), colour in zip(shades, colours, strict=True)
     ]
     return f"""```{{=html}}
-<blockquote id="blm-still" style="white-space:pre-wrap">{"".join(spans)}</blockquote>
+<div id="blm-still">{"".join(spans)}</div>
 ```
 
 ```{{=typst}}

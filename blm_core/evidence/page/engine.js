@@ -25,8 +25,8 @@ async function inflate(base64, progress = () => {}) {
   return read;
 }
 
-// Rows of eight-bit numbers and their scales: y = W x.
-function multiply({ rows, columns, values, scales }, x, y) {
+// y = W x
+function multiply({ rows, columns, values }, x, y) {
   for (let row = 0, at = 0; row < rows; row++) {
     let a = 0, b = 0, c = 0, d = 0, i = 0; // four sums, so that no addition waits for the one before
     for (; i + 3 < columns; i += 4, at += 4) {
@@ -36,7 +36,7 @@ function multiply({ rows, columns, values, scales }, x, y) {
       d += values[at + 3] * x[i + 3];
     }
     for (; i < columns; i++, at++) a += values[at] * x[i];
-    y[row] = scales[row] * (a + b + c + d);
+    y[row] = a + b + c + d;
   }
   return y;
 }
@@ -95,13 +95,15 @@ class Model {
     Object.assign(this, header); // config, vocabulary, sampling, heads
     this.weights = {};
     let at = 4 + size;
-    for (const { name, rows, columns } of header.tensors) {
-      const numbers = new Float32Array(buffer, at, rows);
-      this.weights[name] = columns ? { rows, columns, scales: numbers } : numbers;
+    for (const { name, rows } of header.tensors) { // gains of norms, and the scales of a matrix's rows
+      this.weights[name] = new Float32Array(buffer, at, rows);
       at += 4 * rows;
     }
     for (const { name, rows, columns } of header.tensors.filter((tensor) => tensor.columns)) {
-      this.weights[name].values = new Int8Array(buffer, at, rows * columns);
+      const scales = this.weights[name];
+      const values = Float32Array.from(new Int8Array(buffer, at, rows * columns)); // a third faster than eight bits
+      for (let i = 0; i < values.length; i++) values[i] *= scales[Math.floor(i / columns)];
+      this.weights[name] = { rows, columns, values };
       at += rows * columns;
     }
     this.prepareVocabulary();
@@ -193,8 +195,8 @@ class Model {
   // Read `token` at `position`, behind what was read at 0 .. position - 1; logits (vocab_size) of what follows.
   step(token, position) {
     const { weights, config, x } = this;
-    const { values, scales } = weights["model.embed_tokens.weight"];
-    for (let i = 0, at = token * x.length; i < x.length; i++, at++) x[i] = values[at] * scales[token];
+    const embedding = weights["model.embed_tokens.weight"];
+    x.set(embedding.values.subarray(token * x.length, (token + 1) * x.length));
     for (let layer = 0; layer < config.n_layers; layer++) {
       const part = (name) => weights[`model.layers.${layer}.${name}.weight`];
       this.attend(layer, position, this.norm(x, part("input_layernorm")), part);
@@ -206,7 +208,7 @@ class Model {
       multiply(part("mlp.down_proj"), gate, this.added);
       for (let i = 0; i < x.length; i++) x[i] += this.added[i];
     }
-    return multiply(weights["model.embed_tokens.weight"], this.norm(x, weights["model.norm.weight"]), this.logits);
+    return multiply(embedding, this.norm(x, weights["model.norm.weight"]), this.logits);
   }
 
   // What the attention of `layer` adds, into `this.added`; its weights over positions, into `this.attention[layer][head]`.

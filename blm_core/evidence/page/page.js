@@ -42,7 +42,7 @@ function show(at) {
     const span = document.createElement("span");
     span.className = "word";
     span.setAttribute("role", "button");
-    span.tabIndex = words.length ? -1 : 0;
+    span.tabIndex = words.length === 1 ? 0 : -1; // one stop for the tab key: the first word behind the start token
     words.push({ first: at, end: at + 1, span });
     if (at && model.decode([tokens[at]]).startsWith(" ")) story.append(" ");
     story.append(span);
@@ -66,9 +66,10 @@ function shade(word, look = null) {
 // The story.
 
 let paused = 0;
+const channel = new MessageChannel(); // timers would wait four milliseconds
 async function breathe() { // lets the browser draw and answer
   if (performance.now() - paused < 12) return;
-  await new Promise((done) => setTimeout(done));
+  await new Promise((done) => ((channel.port1.onmessage = done), channel.port2.postMessage(0)));
   paused = performance.now();
 }
 
@@ -345,7 +346,7 @@ async function follow() {
 // Keys and clicks.
 
 function focusOn(word) {
-  words.forEach((other) => (other.span.tabIndex = other === word ? 0 : -1));
+  words.forEach((other) => (other.span.tabIndex = other === (word.first ? word : words[1]) ? 0 : -1));
   word.span.focus();
 }
 
