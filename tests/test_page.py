@@ -62,7 +62,7 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     (folder / "heads.json").write_text(json.dumps(HEADS))
     page.write_page(RELEASE, folder, folder / "heads.json")
-    still = (folder / "still.md").read_text().split("```")[1].removeprefix("{=html}")
+    still = (ROOT / "figures" / "story.md").read_text().split("```")[1].removeprefix("{=html}")
     html = f"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
         <title>Report</title><body>{still}<a href="#head-2-1">a head</a>{(folder / "page.html").read_text()}</body></html>"""
     (folder / "index.html").write_text(html)

@@ -114,7 +114,7 @@ def still(words: list[tuple[str, float]]) -> str:
 
 
 def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads.json") -> None:
-    """Write what the report includes: `out/page.html`, the model in `release` and its interface, and `out/still.md`, one story.
+    """Write `out/page.html`, the fragment that the report includes: the model in `release` and the interface to it.
 
     `heads` may hold what the inside view found: a list of {"name", "layer", "head", "what"}, counted from 1 as in the report.
     """
@@ -130,7 +130,14 @@ def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads
     ]
     with written_aside(Path(out) / "page.html") as aside:
         aside.write_text("\n".join(parts) + "\n", encoding="utf-8")
-    with written_aside(Path(out) / "still.md") as aside:
+
+
+def write_story(release: Path, path: Path) -> None:
+    """Write the first story of the model in `release`, shaded, to `path`: what stands where no script runs, and in the PDF.
+
+    The file is committed, as Quarto looks for what a text includes before anything can be made.
+    """
+    with written_aside(path) as aside:
         aside.write_text(still(story(release)), encoding="utf-8")
 
 
