@@ -23,8 +23,47 @@ with_chromium = pytest.mark.skipif(PROGRAM is None, reason="chromium was not fou
 HEADS = [{"name": "a head with a name", "layer": 2, "head": 1, "what": "It looks at something."}]
 STORY = "!document.querySelector('#blm .story.writing') && document.querySelectorAll('#blm .word').length > 5"
 TEXT = "document.querySelector('#blm .story').innerText"
-COMMON = ["Once", "upon", "a", "time", "the", "little", "girl", "said", "don't", "Tom's", "123", "4096", "…", "ball", "mummy", "xylograph"]
-RARE = ["😀", "👩‍👧", "🏳️‍🌈", "“", "”", "‘", "’", '"', "'", "\n", "\n\n", "  ", "\t", "\r\n", "é", "e\u0301", "ß", "漢字", "שלום", "\u2581", "\ufeff"]
+COMMON = [
+    "Once",
+    "upon",
+    "a",
+    "time",
+    "the",
+    "little",
+    "girl",
+    "said",
+    "don't",
+    "Tom's",
+    "123",
+    "4096",
+    "…",
+    "ball",
+    "mummy",
+    "xylograph",
+]
+RARE = [
+    "😀",
+    "👩‍👧",
+    "🏳️‍🌈",
+    "“",
+    "”",
+    "‘",
+    "’",
+    '"',
+    "'",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "\r\n",
+    "é",
+    "e\u0301",
+    "ß",
+    "漢字",
+    "שלום",
+    "\u2581",
+    "\ufeff",
+]
 RARE += ["<|endoftext|>", "<0x41>", "<unk>", "!?", "—", "...", "\u00a0", "\x00"]
 
 
@@ -78,6 +117,16 @@ def browser(site, tmp_path):
         assert chromium.requests() == [site.as_uri()]
 
 
+@pytest.fixture
+def rendered(tmp_path):
+    report = ROOT / "_report" / "index.html"
+    if not report.exists():
+        pytest.skip("the report was not rendered: make report")
+    with Chromium(tmp_path / "profile") as chromium:
+        chromium.open(report.as_uri())
+        yield chromium
+
+
 def made_up_texts(count: int) -> list[str]:
     draw = random.Random(1)
     words = COMMON * 3 + RARE
@@ -127,7 +176,7 @@ def test_engine_gives_back_the_text_that_it_encoded(engine):
 @with_node
 def test_engine_gives_the_logits_of_pytorch(engine, release):
     model, tokenizer = release
-    text = "One day, a fox found a red kite. \"Is this yours?\" he asked the hen.\nThe hen shook her head and said, \"No.\""
+    text = 'One day, a fox found a red kite. "Is this yours?" he asked the hen.\nThe hen shook her head and said, "No."'
     tokens = [tokenizer.eot, *tokenizer.encode(text)]
     with torch.no_grad():
         expected = model(torch.tensor([tokens]))[0]
@@ -237,6 +286,44 @@ def test_page_writes_a_story_and_offers_other_words(browser, width):
 
 
 @with_chromium
+@pytest.mark.parametrize("width", [1280, 390])
+def test_rendered_report_tells_a_story_without_a_network(rendered, width):
+    rendered.resize(width, 844)
+    rendered.click("#blm .write")
+    rendered.wait(STORY)
+    assert rendered.run(TEXT).startswith("Once upon a time")
+    assert rendered.run("document.documentElement.scrollWidth") <= width
+    assert rendered.complaints() == []
+    assert [url for url in rendered.requests() if not url.startswith("data:")] == [(ROOT / "_report/index.html").as_uri()]
+
+
+@with_chromium
+def test_still_story_stands_there_without_a_script(site, tmp_path):
+    with Chromium(tmp_path / "profile") as chromium:
+        chromium.call("Emulation.setScriptExecutionDisabled", value=True)
+        chromium.open(site.as_uri())
+        shown = "[...document.querySelectorAll('#blm-still, #blm')].map((one) => one.checkVisibility())"
+        assert sorted(chromium.run(shown)) == [False, True]
+        assert chromium.run("document.getElementById('blm-still').checkVisibility()")
+
+
+@with_chromium
+def test_unpacking_shows_how_far_it_is(browser):
+    browser.run(
+        """window.shown = [];
+        new MutationObserver(() => shown.push(document.querySelector("#blm progress").value))
+            .observe(document.querySelector("#blm .bar"), { attributes: true, subtree: true }); 0"""
+    )
+    browser.click("#blm .write")
+    browser.wait(STORY)
+    shown = browser.run("shown")
+    assert shown == sorted(shown)
+    assert shown[0] < 1 == shown[-1]
+    assert len(set(shown)) >= 3
+    assert not browser.run("document.querySelector('#blm .bar').checkVisibility()")
+
+
+@with_chromium
 def test_same_seed_gives_the_same_story_and_another_seed_another(browser):
     def story():
         browser.wait(STORY)
@@ -299,7 +386,9 @@ def test_link_opens_its_head_and_switching_it_off_writes_another_story(browser):
     assert browser.run("document.querySelector('#blm .what').textContent") == HEADS[0]["what"]
     browser.click("#blm .word:nth-of-type(15)")
     browser.wait("document.querySelectorAll('#blm .looked .choice').length > 0")
-    shares = browser.run("[...document.querySelectorAll('#blm .word')].map((one) => parseFloat(one.style.getPropertyValue('--shade')) ** 2)")
+    shares = browser.run(
+        "[...document.querySelectorAll('#blm .word')].map((one) => parseFloat(one.style.getPropertyValue('--shade')) ** 2)"
+    )
     assert sum(shares) == pytest.approx(1, abs=0.02)
     assert not any(shares[15:])
     before = browser.run(TEXT)
