@@ -94,7 +94,8 @@ def still(words: list[tuple[str, float]]) -> str:
     """`words` and their surprise as Markdown for Quarto: shaded text for HTML without a script, and for the PDF."""
     shades = [(text, min(1.0, bits / SURPRISE) * SHADE) for text, bits in words]
     spans = [
-        f'{" " * text.startswith(" ")}<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text.lstrip(" "))}</span>'
+        " " * text.startswith(" ")
+        + f'<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text.lstrip(" "))}</span>'
         for text, shade in shades
     ]
     # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
