@@ -23,7 +23,7 @@ with_chromium = pytest.mark.skipif(PROGRAM is None, reason="chromium was not fou
 HEADS = [{"name": "a head with a name", "layer": 2, "head": 1, "what": "It looks at something."}]
 STORY = "!document.querySelector('#blm .story.writing') && document.querySelectorAll('#blm .word').length > 5"
 TEXT = "document.querySelector('#blm .story').innerText"
-COMMON = "Once upon a time the little girl said don't Tom's 123 4096 ... ball mummy xylograph".split()
+COMMON = ["Once", "upon", "a", "little", "girl", "said", "don't", "Tom's", "123", "4096", "...", "ball", "mummy", "xylograph"]
 RARE = [*"\n\t\r\0\"'?!\u2018\u2019\u201c\u201d\u2013\u2026\u00a0\u2581\ufeff\u00e9\u00df", "e\u0301", "漢字", "שלום"]
 RARE += ["😀", "👩‍👧", "🏳️‍🌈", "\n\n", "\r\n", "  ", "   ", "<|endoftext|>", "<0x41>", "<unk>"]
 
