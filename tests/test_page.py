@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -385,10 +387,20 @@ def contrast(text: list[float], background: list[float]) -> float:
     return (light[1] + 0.05) / (light[0] + 0.05)
 
 
-def test_still_story_is_the_first_that_the_model_writes_and_is_the_same_for_html_and_pdf():
+def test_committed_story_is_shaded_by_the_surprise_of_the_released_model():
+    html, typst = (ROOT / "figures" / "story.md").read_text().split("```{=typst}")
+    shown = re.findall(r'( ?)<span style="background:rgb\(214 96 40 / ([\d.]+)\)">(.*?)</span>', html, re.DOTALL)
+    text = unescape("".join(space + word for space, _, word in shown))
+    assert text.startswith(page.BEGINNING)
+    expected = page.surprises(*load_model(RELEASE), text)
+    shades = [min(1, bits / page.SURPRISE) * page.SHADE for _, bits in expected]
+    assert [float(shade) for _, shade, _ in shown] == pytest.approx(shades, abs=0.02)
+    assert len(shown) == typst.count("#highlight") + typst.count("#linebreak")
+
+
+def test_story_is_the_first_that_the_model_writes(tmp_path):
     model, tokenizer = load_model(RELEASE)
-    words = page.story(RELEASE)
-    assert "".join(text for text, _ in words) == page.BEGINNING + complete(model, tokenizer, [page.BEGINNING], Sampling())[0]
-    assert all(bits >= 0 for _, bits in words)
-    html, typst = page.still(words).split("```{=typst}")
-    assert html.count("<span") == len(words) == typst.count("#highlight") + typst.count("#linebreak")
+    page.write_story(RELEASE, tmp_path / "story.md")
+    text = page.BEGINNING + complete(model, tokenizer, [page.BEGINNING], Sampling())[0]
+    html = (tmp_path / "story.md").read_text().split('<div id="blm-still">')[1].split("</div>")[0]
+    assert unescape(re.sub("<.*?>", "", html)) == text

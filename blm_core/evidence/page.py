@@ -80,10 +80,8 @@ def pack(release: Path, heads: list[dict]) -> str:
 
 
 @torch.no_grad()
-def story(release: Path) -> list[tuple[str, float]]:
-    """The first story that the model in `release` writes, as text and bits of surprise of each token."""
-    model, tokenizer = load_model(release)
-    text = BEGINNING + complete(model, tokenizer, [BEGINNING], Sampling())[0]
+def surprises(model: LanguageModel, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
+    """Each token of `text`, as text, and the bits by which it surprised `model`."""
     tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text)])
     bits = -model(tokens[None, :-1])[0].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1) / math.log(2)
     texts = [tokenizer.piece(token).replace(SPACE_MARK, " ") for token in tokens[1:]]
@@ -138,8 +136,10 @@ def write_story(release: Path, path: Path) -> None:
 
     The file is committed, as Quarto looks for what a text includes before anything can be made.
     """
+    model, tokenizer = load_model(release)
+    text = BEGINNING + complete(model, tokenizer, [BEGINNING], Sampling())[0]
     with written_aside(path) as aside:
-        aside.write_text(still(story(release)), encoding="utf-8")
+        aside.write_text(still(surprises(model, tokenizer, text)), encoding="utf-8")
 
 
 if __name__ == "__main__":
