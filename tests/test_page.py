@@ -302,6 +302,30 @@ def test_same_seed_gives_the_same_story_and_another_seed_another(browser):
 
 
 @with_chromium
+def test_of_several_wishes_in_a_row_the_last_is_fulfilled(browser):
+    browser.run("for (let i = 0; i < 3; i++) document.querySelector('#blm .another').click()")
+    browser.wait(STORY)
+    hurried = browser.run(TEXT)
+    browser.click("#blm .write")
+    browser.wait(STORY)
+    assert browser.run("document.querySelector('#blm [name=seed]').value") == "4"
+    assert browser.run(TEXT) == hurried
+
+
+@with_chromium
+def test_story_stops_when_asked_to_and_its_words_can_be_opened(browser):
+    browser.click("#blm .write")
+    browser.wait("document.querySelectorAll('#blm .word').length > 12")
+    browser.click("#blm .write")
+    browser.wait(STORY)
+    assert "the end" not in browser.run(
+        "[...document.querySelectorAll('#blm .word')].map((one) => one.getAttribute('aria-label'))"
+    )
+    browser.click("#blm .word:nth-of-type(10)")
+    browser.wait("document.querySelectorAll('#blm .others .choice').length === 5")
+
+
+@with_chromium
 def test_keyboard_alone_writes_a_story_and_goes_on_from_another_word(browser):
     def focused(selector):
         return browser.run(f"document.activeElement.matches({json.dumps(selector)})")
@@ -329,7 +353,8 @@ def test_keyboard_alone_writes_a_story_and_goes_on_from_another_word(browser):
     word = browser.run("document.activeElement.querySelector('b').textContent")
     browser.press("Enter")
     browser.wait(STORY)
-    assert word in browser.run("[...document.querySelectorAll('#blm .word.given')].map((one) => one.textContent)")
+    browser.wait("document.activeElement.matches('#blm .word.given')")
+    assert browser.run("document.activeElement.textContent") == word
 
 
 @with_chromium

@@ -13,8 +13,10 @@ let tokens = []; // the story so far, from the start token on; the model holds t
 let notes = []; // of each token: bits of surprise, the likeliest tokens there, and whether the reader gave it
 let words = []; // { first, end, span }: tokens first .. end - 1 are one word on the screen
 let chosen = null; // the word that is open
-let writing = null; // an object while a story is written; `writing.stop` ends it
-let asked = 0; // when the reader asked for a story
+let turn = 0; // counts what the reader asked for; what was asked before gives way
+let current = 0; // the turn that is under way
+let last = Promise.resolve(); // ends when nothing is under way
+let asked = 0; // when the reader asked for the last time
 
 // Words.
 
@@ -31,8 +33,10 @@ function label(word) {
   return text === "\n" ? "\u21b5" : text.trim() || "\u2423";
 }
 
+const SPOKEN = { "\u25a0": "the end", "\u21b5": "new line", "\u2423": "space" };
 const tokensOf = ({ first, end }) => tokens.slice(first, end);
-const name = (word) => (tokens[word.first] === model.vocabulary.eot ? (word.first ? "the end" : "the start") : label(tokensOf(word)));
+const spoken = (word) => SPOKEN[label(word)] ?? label(word);
+const name = (word) => (word.first ? spoken(tokensOf(word)) : "the start");
 
 // Put the token at `at` on the screen: into the last word, or as a new one.
 function show(at) {
@@ -51,7 +55,8 @@ function show(at) {
   const word = words.at(-1);
   word.span.textContent = label(tokensOf(word));
   word.span.classList.toggle("given", notes[word.first].given);
-  word.span.classList.toggle("mark", /^[\u25a0\u21b5\u2423]$/.test(word.span.textContent));
+  word.span.classList.toggle("mark", word.span.textContent in SPOKEN);
+  word.span.setAttribute("aria-label", name(word));
   word.span.classList.toggle("attention-only", word.first === 0); // the start token is seen only where heads look at it
   shade(word);
 }
@@ -92,11 +97,17 @@ function rewind(length) {
   if (length) model.step(tokens[length - 1], length - 1);
 }
 
+// Do `job` as soon as what is under way has given way; of several that wait only the last is done.
+function instead(job) {
+  const mine = ++turn;
+  asked = performance.now();
+  return (last = last.then(() => mine === turn && ((current = mine), job())));
+}
+
 // Write a story that begins with the tokens `beginning`, which the reader gave from number `from` on.
 async function write(beginning, from = 0) {
   const { seq_len } = model.config, { eot } = model.vocabulary;
   const settings = { temperature: Number(form.temperature.value), topP: model.sampling.topP };
-  const mine = (writing = { stop: false });
   close();
   find(".write").textContent = "Stop";
   find(".views").hidden = find(".paper").hidden = false;
@@ -110,11 +121,11 @@ async function write(beginning, from = 0) {
   for (const token of beginning.slice(same)) {
     extend(token, true);
     await breathe();
-    if (mine.stop) break;
+    if (current !== turn) break;
   }
   const started = performance.now();
   let count = 0, first = 0, said = tokens.length;
-  while (!mine.stop && tokens.length < seq_len && tokens.at(-1) !== eot) {
+  while (current === turn && tokens.length < seq_len && tokens.at(-1) !== eot) {
     extend(choose(model.logits, settings, random(Number(form.seed.value), tokens.length)), false);
     first ||= performance.now() - asked;
     count++;
@@ -129,18 +140,12 @@ async function write(beginning, from = 0) {
   Object.assign(root.dataset, { tokensPerSecond: speed.toFixed(1), firstWordMs: first.toFixed(0) });
   story.classList.remove("writing");
   find(".write").textContent = "Write";
-  writing = null;
 }
 
 function say(from) {
   find(".spoken[aria-live]").append(model.decode(tokens.slice(from)));
   return tokens.length;
 }
-
-const stopped = async () => {
-  if (writing) writing.stop = true;
-  while (writing) await new Promise((done) => setTimeout(done, 10));
-};
 
 async function load() {
   if (model) return;
@@ -153,7 +158,6 @@ async function load() {
 }
 
 async function begin() {
-  asked = performance.now();
   try {
     await load();
   } catch (error) {
@@ -217,11 +221,10 @@ function openOthers(word) {
   shut.setAttribute("aria-label", "Close");
   const largest = Math.max(2 ** -bits, ...offered.map((other) => other.p));
   const choices = offered.map(({ word: other, p }) => {
-    const text = other[0] === model.vocabulary.eot ? "the end" : label(other);
-    const button = row("button", text, p, largest);
+    const button = row("button", spoken(other), p, largest);
     button.type = "button";
-    button.setAttribute("aria-label", `${text}, ${percent(p)}: go on from there`);
-    button.onclick = () => ((asked = performance.now()), stopped()).then(() => write([...tokens.slice(0, word.first), ...other], word.first)).then(() => focusOn(words.at(-1)));
+    button.setAttribute("aria-label", `${spoken(other)}, ${percent(p)}: go on from there`);
+    button.onclick = () => instead(() => goOn(word.first, other));
     return button;
   });
   others.replaceChildren(shut, title, ...choices);
@@ -229,7 +232,14 @@ function openOthers(word) {
   const paper = find(".paper").getBoundingClientRect(), place = word.span.getClientRects()[0];
   others.style.top = `${place.bottom - paper.top + 6}px`;
   others.style.left = `${Math.max(0, Math.min(place.left - paper.left - 12, paper.width - others.offsetWidth))}px`;
+  others.scrollIntoView({ block: "nearest" });
   choices[0].focus({ preventScroll: true });
+}
+
+// Let the story go on behind the word `other` at position `at`.
+async function goOn(at, other) {
+  await write([...tokens.slice(0, at), ...other], at);
+  if (document.activeElement === document.body) focusOn(words.find((word) => word.first === at)); // the button is gone
 }
 
 function close(refocus) {
@@ -240,11 +250,9 @@ function close(refocus) {
   find(".looked").replaceChildren();
 }
 
-async function choosePlace(word) {
-  const { first } = word;
-  await stopped();
+function choosePlace(word) {
   close();
-  chosen = words.find((other) => other.first === first);
+  chosen = word;
   chosen.span.classList.add("chosen");
   focusOn(chosen);
   if (root.classList.contains("attention")) look(chosen);
@@ -297,7 +305,6 @@ function look(word) {
 }
 
 async function switchHead() {
-  await stopped();
   const before = model.decode(tokens), on = model.off.has(head.value);
   if (on) model.off.delete(head.value);
   else model.off.add(head.value);
@@ -305,7 +312,6 @@ async function switchHead() {
   const beginning = written < 0 ? [...tokens] : tokens.slice(0, written);
   close();
   tokens = [];
-  asked = performance.now();
   await write(beginning);
   chooseHead();
   const now = model.decode(tokens);
@@ -337,8 +343,9 @@ async function follow() {
   if (!link) return;
   root.scrollIntoView();
   if (!tokens.length) await begin();
-  if (!model) return;
-  head.value = `${link[1] - 1}.${link[2] - 1}`;
+  const wanted = [...head.options].find((option) => option.value === `${link[1] - 1}.${link[2] - 1}`);
+  if (!wanted) return; // the model could not be unpacked, or has no such head
+  head.value = wanted.value;
   view("attention");
   focusOn(words.at(-1));
 }
@@ -352,7 +359,7 @@ function focusOn(word) {
 
 const wordOf = (target) => words.find((word) => word.span === target);
 
-story.addEventListener("click", (event) => wordOf(event.target) && choosePlace(wordOf(event.target)));
+story.addEventListener("click", (event) => wordOf(event.target) && instead(() => choosePlace(wordOf(event.target))));
 story.addEventListener("keydown", (event) => {
   const at = words.findIndex((word) => word.span === event.target);
   if (at < 0) return;
@@ -365,7 +372,7 @@ story.addEventListener("keydown", (event) => {
   };
   const moves = { ArrowRight: () => shown[i + 1], ArrowLeft: () => shown[i - 1], Home: () => shown[0], End: () => shown.at(-1),
     ArrowDown: () => onLine(1), ArrowUp: () => onLine(-1) };
-  if (event.key === "Enter" || event.key === " ") choosePlace(words[at]);
+  if (event.key === "Enter" || event.key === " ") instead(() => choosePlace(words[at]));
   else if (event.key in moves) moves[event.key]() && focusOn(moves[event.key]());
   else return;
   event.preventDefault();
@@ -384,26 +391,27 @@ document.addEventListener("click", (event) => {
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   find(".before").hidden = true;
-  if (writing) writing.stop = true;
-  else begin();
+  if (story.classList.contains("writing")) turn++;
+  else instead(begin);
 });
 form.beginning.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey) event.preventDefault(), form.requestSubmit();
 });
 find(".another").addEventListener("click", () => {
   form.seed.value = Number(form.seed.value) + 1;
-  stopped().then(begin);
+  find(".before").hidden = true;
+  instead(begin);
 });
 form.temperature.addEventListener("input", () => (form.degree.value = Number(form.temperature.value).toFixed(1)));
 root.addEventListener("change", (event) => {
   if (event.target.name === "view") view(event.target.value);
   if (event.target === head) chooseHead();
 });
-find(".switch").addEventListener("click", switchHead);
-window.addEventListener("hashchange", follow);
+find(".switch").addEventListener("click", () => instead(switchHead));
+window.addEventListener("hashchange", () => instead(follow));
 
 form.temperature.dispatchEvent(new Event("input"));
 still?.before(root);
 root.hidden = false;
 view("surprise");
-follow();
+instead(follow);
