@@ -15,6 +15,7 @@ KEYS = {
     "Escape": (27, ""),
     "ArrowRight": (39, ""),
     "ArrowDown": (40, ""),
+    "ArrowUp": (38, ""),
     "Home": (36, ""),
 }
 

@@ -340,8 +340,16 @@ def test_keyboard_alone_writes_a_story_and_goes_on_from_another_word(browser):
         browser.press("Tab")
         if focused("#blm .word"):
             break
-    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowDown"):
-        browser.press(key)
+    place = "(({top, left}) => [top, left])(document.activeElement.getBoundingClientRect())"
+    browser.press("Home")
+    first = browser.run(place)
+    browser.press("ArrowRight")
+    browser.press("ArrowDown")
+    below = browser.run(place)
+    assert below[0] > first[0]
+    assert below[1] >= first[1]
+    browser.press("ArrowUp")
+    assert browser.run(place)[0] == first[0]
     assert focused("#blm .word")
     browser.press("Enter")
     browser.wait("document.activeElement.matches('#blm .choice')")
@@ -379,6 +387,9 @@ def test_link_opens_its_head_and_switching_it_off_writes_another_story(browser):
     )
     assert sum(shares) == pytest.approx(1, abs=0.02)
     assert not any(shares[15:])
+    browser.click("#blm [value=surprise]")
+    browser.click("a[href='#head-2-1']")
+    browser.wait("document.getElementById('blm').classList.contains('attention')")
     before = browser.run(TEXT)
     browser.click("#blm .switch")
     browser.wait("document.querySelector('#blm .before:not([hidden])') && " + STORY)

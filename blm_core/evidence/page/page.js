@@ -162,12 +162,14 @@ async function begin() {
     await load();
   } catch (error) {
     find(".bar").hidden = true;
-    find(".status").textContent = `The model could not be unpacked by this browser (${error.message}). A browser of 2023 or later can.`;
+    find(".status").textContent =
+      `The model could not be unpacked by this browser (${error.message}). A browser of 2023 or later can.`;
     return;
   }
   const beginning = [model.vocabulary.eot, ...model.encode(form.beginning.value)];
   if (beginning.length >= model.config.seq_len) {
-    find(".status").textContent = `The beginning has ${beginning.length} tokens; with ${model.config.seq_len} the context is full. Shorten it.`;
+    find(".status").textContent =
+      `The beginning has ${beginning.length} tokens; with ${model.config.seq_len} the context is full. Shorten it.`;
     return;
   }
   await write(beginning);
@@ -282,7 +284,7 @@ function chooseHead() {
   const [layer, h] = headAt();
   const found = model.heads.find((one) => one.layer === layer + 1 && one.head === h + 1);
   find(".what").textContent = found?.what ?? "";
-  find(".switch").textContent = model.off.has(head.value) ? "Switch this head on and write again" : "Switch this head off and write again";
+  find(".switch").textContent = `Switch this head ${model.off.has(head.value) ? "on" : "off"} and write again`;
   if (chosen) look(chosen);
   else {
     words.forEach((word) => shade(word));
@@ -301,7 +303,8 @@ function look(word) {
   const title = document.createElement("p");
   title.textContent = `At \u201c${name(word)}\u201d, head ${layer + 1}.${h + 1} looked at`;
   find(".looked").replaceChildren(title, ...seen.map((other) => row("div", name(other), share(other), share(seen[0]))));
-  find(".spoken[aria-live]").textContent = `${title.textContent} ${seen.map((o) => `${name(o)} ${percent(share(o))}`).join(", ")}`;
+  const said = seen.map((other) => `${name(other)} ${percent(share(other))}`).join(", ");
+  find(".spoken[aria-live]").textContent = `${title.textContent} ${said}`;
 }
 
 async function switchHead() {
@@ -338,8 +341,8 @@ function view(kind) {
 }
 
 // A link to #head-6-4 anywhere in the report opens head 6.4.
-async function follow() {
-  const link = /^#head-(\d+)-(\d+)$/.exec(location.hash);
+async function follow(hash) {
+  const link = /^#head-(\d+)-(\d+)$/.exec(hash);
   if (!link) return;
   root.scrollIntoView();
   if (!tokens.length) await begin();
@@ -366,9 +369,12 @@ story.addEventListener("keydown", (event) => {
   const shown = words.filter((word) => word.span.offsetParent), i = shown.indexOf(words[at]);
   const box = event.target.getBoundingClientRect();
   const onLine = (direction) => { // the nearest word on the next line in this direction
-    const lines = shown.map((word) => [word, word.span.getBoundingClientRect()]).filter(([, r]) => direction * (r.top - box.top) > box.height / 2);
-    const top = direction > 0 ? Math.min(...lines.map(([, r]) => r.top)) : Math.max(...lines.map(([, r]) => r.top));
-    return lines.filter(([, r]) => Math.abs(r.top - top) < 4).sort(([, a], [, b]) => Math.abs(a.left - box.left) - Math.abs(b.left - box.left))[0]?.[0];
+    const away = (word) => {
+      const { top, left } = word.span.getBoundingClientRect(), down = direction * (top - box.top);
+      return down < box.height / 2 ? Infinity : 1000 * down + Math.abs(left - box.left);
+    };
+    const nearest = shown.reduce((best, word) => (away(word) < away(best) ? word : best));
+    return away(nearest) < Infinity ? nearest : undefined;
   };
   const moves = { ArrowRight: () => shown[i + 1], ArrowLeft: () => shown[i - 1], Home: () => shown[0], End: () => shown.at(-1),
     ArrowDown: () => onLine(1), ArrowUp: () => onLine(-1) };
@@ -386,6 +392,8 @@ others.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 document.addEventListener("click", (event) => {
+  const link = event.target.closest("a[href^='#head-']");
+  if (link) instead(() => follow(link.hash));
   if (!others.hidden && event.target.isConnected && !others.contains(event.target) && !wordOf(event.target)) close();
 });
 form.addEventListener("submit", (event) => {
@@ -408,10 +416,9 @@ root.addEventListener("change", (event) => {
   if (event.target === head) chooseHead();
 });
 find(".switch").addEventListener("click", () => instead(switchHead));
-window.addEventListener("hashchange", () => instead(follow));
 
 form.temperature.dispatchEvent(new Event("input"));
 still?.before(root);
 root.hidden = false;
 view("surprise");
-instead(follow);
+instead(() => follow(location.hash));
