@@ -1,0 +1,146 @@
+"""The released model inside the report's HTML: weights in eight bits, engine and interface in one fragment.
+
+- Every matrix is kept as whole numbers from -127 to 127 with one float32 scale a row; gains of norms stay float32
+- Everything is one zlib stream in base64, inside a script element: a page opened as a file may not fetch anything
+- `page/engine.js` unpacks and runs it, `page/page.js` is the interface
+"""
+
+import base64
+import html
+import json
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from blm_core.checkpoint import load_model
+from blm_core.config import ROOT
+from blm_core.files import read_json, written_aside
+from blm_core.generate import Sampling, complete
+from blm_core.model import LanguageModel
+from blm_core.tokenizer import SPACE_MARK, Tokenizer
+
+SOURCES = Path(__file__).parent / "page"
+BEGINNING = "Once upon a time"
+SURPRISE, SHADE = 8, 0.75  # bits at which a word is shaded darkest, and how dark, as in page.js and page.css
+CONFIG = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "seq_len", "rope_base", "norm_eps")
+
+
+def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`weight` (rows, columns) as int8 and the float32 scale of each row (rows,); their product is at most half a step off."""
+    scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
+
+
+@torch.no_grad()
+def round_to_eight_bits(model: LanguageModel) -> LanguageModel:
+    """Replace the matrices of `model` by what eight bits keep of them, and return it."""
+    for weight in model.parameters():
+        if weight.ndim == 2:
+            values, scales = quantised(weight)
+            weight.copy_(values * scales[:, None])
+    return model
+
+
+def vocabulary(tokenizer: Tokenizer) -> dict:
+    """Pieces that text can spell (null elsewhere), their scores, the ids of the 256 bytes and of `<|endoftext|>`."""
+    pieces = [tokenizer.piece(i) for i in range(len(tokenizer))]
+    ids = {piece: i for i, piece in enumerate(pieces)}
+    return {
+        "pieces": [piece if tokenizer.is_normal(i) or piece == "\n" else None for i, piece in enumerate(pieces)],
+        "scores": [tokenizer.score(i) for i in range(len(tokenizer))],
+        "bytes": [ids[f"<0x{byte:02X}>"] for byte in range(256)],
+        "eot": tokenizer.eot,
+    }
+
+
+def pack(release: Path, heads: list[dict]) -> str:
+    """The model in the folder `release` as base64; the layout is read by the constructor of `Model` in engine.js."""
+    model, tokenizer = load_model(release)
+    tensors, numbers, whole = [], [], []
+    for name, weight in model.state_dict().items():
+        values, floats = quantised(weight) if weight.ndim == 2 else (None, weight)
+        tensors.append({"name": name, "rows": len(weight), "columns": weight.shape[1] if weight.ndim == 2 else 0})
+        numbers.append(floats.float().numpy().astype("<f4").tobytes())
+        whole.append(b"" if values is None else values.numpy().tobytes())
+    defaults = read_json(release / "generation_config.json")
+    header = {
+        "config": {name: getattr(model.config, name) for name in CONFIG},
+        "vocabulary": vocabulary(tokenizer),
+        "sampling": {"temperature": defaults["temperature"], "topP": defaults["top_p"]},
+        "heads": heads,
+        "tensors": tensors,
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 4)  # float32 numbers begin at a multiple of four
+    return base64.b64encode(zlib.compress(struct.pack("<I", len(text)) + text + b"".join(numbers + whole), 9)).decode()
+
+
+@torch.no_grad()
+def surprises(model: LanguageModel, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
+    """Each token of `text`, as text, and the bits by which it surprised `model`."""
+    tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text)])
+    bits = -model(tokens[None, :-1])[0].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1) / math.log(2)
+    texts = [tokenizer.piece(token).replace(SPACE_MARK, " ") for token in tokens[1:]]
+    return list(zip(texts, bits.tolist(), strict=True))
+
+
+def still(words: list[tuple[str, float]]) -> str:
+    """`words` and their surprise as Markdown for Quarto: shaded text for HTML without a script, and for the PDF."""
+    shades = [(text, min(1.0, bits / SURPRISE) * SHADE) for text, bits in words]
+    spans = [
+        " " * text.startswith(" ")
+        + f'<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text.lstrip(" "))}</span>'
+        for text, shade in shades
+    ]
+    # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
+    colours = ["#" + "".join(f"{round(255 - (255 - c) * shade):02x}" for c in (214, 96, 40)) for _, shade in shades]
+    marked = [
+        "#linebreak()" if text == "\n" else f'#highlight(fill: rgb("{colour}"))[#text({json.dumps(text, ensure_ascii=False)})]'
+        for (text, _), colour in zip(shades, colours, strict=True)
+    ]
+    return f"""```{{=html}}
+<div id="blm-still">{"".join(spans)}</div>
+```
+
+```{{=typst}}
+#block(inset: (left: 1em, y: 0.5em))[{"".join(marked)}]
+```
+"""
+
+
+def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads.json") -> None:
+    """Write `out/page.html`, the fragment that the report includes: the model in `release` and the interface to it.
+
+    `heads` may hold what the inside view found: a list of {"name", "layer", "head", "what"}, counted from 1 as in the report.
+    """
+    style, markup, engine, page = ((SOURCES / n).read_text("utf-8") for n in ("page.css", "page.html", "engine.js", "page.js"))
+    model, _ = load_model(release)
+    temperature = read_json(Path(release) / "generation_config.json")["temperature"]
+    parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
+    parts = [
+        f"<style>\n{style}</style>",
+        markup.replace("{temperature}", str(temperature)).replace("{parameters}", f"{parameters:.2f}"),
+        f'<script type="text/plain" id="blm-model">{pack(Path(release), read_json(heads, []))}</script>',
+        f"<script>\n(() => {{\n{engine}\n{page}\n}})();\n</script>",
+    ]
+    with written_aside(Path(out) / "page.html") as aside:
+        aside.write_text("\n".join(parts) + "\n", encoding="utf-8")
+
+
+def write_story(release: Path, path: Path) -> None:
+    """Write the first story of the model in `release`, shaded, to `path`: what stands where no script runs, and in the PDF.
+
+    The file is committed, as Quarto looks for what a text includes before anything can be made.
+    """
+    model, tokenizer = load_model(release)
+    text = BEGINNING + complete(model, tokenizer, [BEGINNING], Sampling())[0]
+    with written_aside(path) as aside:
+        aside.write_text(still(surprises(model, tokenizer, text)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_page(ROOT / "release", ROOT / "_page")
