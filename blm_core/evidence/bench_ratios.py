@@ -172,7 +172,7 @@ def bench_sampling(preset: Preset, effort: Effort, batch_sizes: tuple[int, ...] 
         from transformers import AutoModelForCausalLM
     except ImportError:
         why = "transformers is not installed"
-        command = "pip install transformers; python -m blm_core bench"
+        command = "pip install transformers; python -m blm_core.evidence bench"
         return [{"question": f"sampling, batch {size}", "not_measured": why, "command": command} for size in batch_sizes]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
