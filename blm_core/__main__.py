@@ -306,7 +306,7 @@ def _ask(args, items, form) -> int:
         max_tokens=args.max_tokens,
     )
     rater = args.rater or re.sub("[^A-Za-z0-9._-]+", "-", endpoint.model).strip("-.")
-    outcome = judge.Judge(endpoint, Path(os.environ.get("BLM_BUILD", ROOT / "build")) / "judge", form).rate(items, rater)
+    outcome = judge.Judge(endpoint, configuration.build() / "judge", form).rate(items, rater)
     print(f"{len(outcome.ratings)} of {len(items)} items rated: {outcome.asked} answers bought, {outcome.reused} in the cache")
     print(f"{len(outcome.refused)} without a usable answer, {len(outcome.left)} left; {outcome.spent:.4f} spent in all")
     for name, reasons in outcome.refused.items():
