@@ -163,11 +163,8 @@ def _variables(args) -> None:
 
 def _publish(args) -> None:
     from blm_core.evidence import publish
-    from blm_core.evidence.card import write_card
 
-    preset = _preset(args)
-    publish.publish(preset)
-    write_card(preset, ROOT / "release")
+    publish.publish(_preset(args))
 
 
 def _bench(args) -> None:
