@@ -16,7 +16,7 @@ from blm_core.config import ROOT, Preset
 from blm_core.evidence import page
 from blm_core.files import read_json, write_json, written_aside
 from blm_core.generate import Sampling, complete
-from blm_core.model import LanguageModel, parameter_counts
+from blm_core.model import LanguageModel
 from blm_core.tokenizer import Tokenizer
 
 NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl", "06_inside")
@@ -231,28 +231,3 @@ def evaluations(path: Path) -> list[str]:
     """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     return [f"{x['text']} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories" for x in lines]
-
-
-def summary(preset: Preset) -> str:
-    """What a run of the notebooks found, in a few lines, and where it lies."""
-    folder = preset.folder
-    data, tokens, run = (read_json(folder / p) for p in ("data/manifest.json", "tokens/manifest.json", "run/summary.json"))
-    results = read_json(folder / "results.json", {})
-    if not (data and tokens and run):
-        raise PublishError(f"{folder} holds no finished run; run the notebooks first.")
-    dropped = {reason: count for reason, count in data["drops"].items() if count}
-    story = results.get("samples", {}).get("story", "")
-    return "\n".join(
-        [
-            f"preset       {preset.name}",
-            f"stories      {data['read']:,} read, {sum(data['stories'].values()):,} kept {data['stories']}",
-            f"dropped      {sum(dropped.values()):,} {dropped}",
-            f"tokens       {tokens['tokens']['train']:,} at hand, {run['tokens']:,} trained on ({run['epochs']:.1f} epochs)",
-            f"parameters   {parameter_counts(preset.model)['total']:,}",
-            f"validation   {run['validation_bits_per_byte']:.3f} bits per byte ({run['validation_split']})",
-            f"training     {run['seconds']:,.0f} s on {run['device']}, PyTorch {run['torch']}",
-            f"a story      {story}",
-            f"notebooks    {folder / 'notebooks'}",
-            f"run          {folder / 'run'} (model in model/)",
-        ]
-    )
