@@ -147,7 +147,7 @@ def looks(reading: Reading) -> dict[str, np.ndarray]:
     """What there is to look at: by kind, for every query (row) the keys (column) that count, (T, T) of bool.
 
     All but "the token itself" are earlier than the query; names count only where they are another word than its own.
-    From "the name that comes next" a model can learn which name to write: the query stands right before the name.
+    The query of "earlier uses of the name that comes next" stands right before a name.
     """
     r, T = reading, len(reading.tokens)
     query, key = np.arange(T)[:, None], np.arange(T)[None]
@@ -164,7 +164,7 @@ def looks(reading: Reading) -> dict[str, np.ndarray]:
         "what followed the same token": before & np.roll(same, 1, axis=1) & (key > 0),
         "names": elsewhere & is_name,
         "the same name, earlier": elsewhere & is_name & (r.name[:, None] == r.name),
-        "the name that comes next": before & is_name & (coming[:, None] == r.name),
+        "earlier uses of the name that comes next": before & is_name & (coming[:, None] == r.name),
         "quotation marks": before & (r.quote == 0),
         "the mark that opened the speech": key == r.opener[:, None],
     }
