@@ -28,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     variables = command("variables", _variables, "Write _variables.yml for the report from a preset's results.", preset=True)
     variables.add_argument("--folder", type=Path, default=ROOT)
     command("publish", _publish, "Put executed notebooks, figures, run and model where they are committed.", preset=True)
+    export = command("export", _export, "Write the model as one GGUF file, for llama.cpp.")
+    export.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")
+    export.add_argument("--gguf", type=Path, required=True, metavar="FILE")
+    export.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of matrices (default: f16)")
 
     bench = command("bench", _bench, "Measure how fast this machine trains, encodes and samples.")
     bench.add_argument("--presets", help="with commas between them (default: all that fit the machine)")
@@ -112,11 +116,15 @@ def _variables(args) -> None:
 
 def _publish(args) -> None:
     from blm_core.evidence import publish
-    from blm_core.evidence.card import write_card
 
-    preset = preset_of(args)
-    publish.publish(preset)
-    write_card(preset, ROOT / "release")
+    publish.publish(preset_of(args))
+
+
+def _export(args) -> None:
+    from blm_core.evidence.export import export_gguf
+
+    export_gguf(args.model, args.gguf, args.dtype)
+    print(f"{args.gguf}: {args.gguf.stat().st_size / 1e6:.1f} MB")
 
 
 def _bench(args) -> None:
