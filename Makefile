@@ -42,7 +42,7 @@ notebooks: $(READY)
 	$(BIN)/python -m nbconvert --to notebook --execute --output-dir $(RESULTS)/notebooks $(NOTEBOOKS)
 
 publish: $(READY)
-	$(BIN)/python -m blm_core publish
+	$(BIN)/python -m blm_core.evidence publish
 
 report: $(READY)
 	command -v quarto >/dev/null || $(BIN)/python -m pip install -c $(CONSTRAINTS) quarto-cli

@@ -1,6 +1,6 @@
 """The model card: every number in it was recorded, and the model beside it wrote the samples."""
 
-from blm_core.__main__ import main
+from blm_core.evidence.__main__ import main
 from blm_core.checkpoint import save_model
 from blm_core.config import ModelConfig
 from blm_core.evidence import publish

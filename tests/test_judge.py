@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blm_core.__main__ import main
+from blm_core.evidence.__main__ import main
 from blm_core.config import ConfigError
 from blm_core.evidence import judge, sheets
 from blm_core.evidence.judge import Endpoint, Judge, JudgeError, parse_answer

@@ -186,7 +186,7 @@ def bench_preset(preset: Preset, device: torch.device, effort: Effort) -> list[d
     row = {
         "preset": preset.name,
         "parameters": parameter_counts(preset.model)["total"],
-        "command": f"python -m blm_core bench --presets {preset.name}",
+        "command": f"python -m blm_core.evidence bench --presets {preset.name}",
     }
     if device.type == "cpu" and flops_per_token(preset.model) * preset.tokens_per_step > MOST_FLOPS_ON_CPU:
         return [row | {"not_measured": f"its steps are too large for a CPU; it is meant for one of {', '.join(PEAK_FLOPS)}"}]

@@ -83,7 +83,9 @@ def read_cost(path: Path) -> dict:
     """What `measure_cost` found and the command `cost` wrote. Raises UnavailableError."""
     result = read_json(path)
     if not isinstance(result, dict) or len(result.get("models", [])) != 2:
-        raise UnavailableError(f"{path} holds no measured costs. Make them with `python -m blm_core cost --out {path}`.")
+        raise UnavailableError(
+            f"{path} holds no measured costs. Make them with `python -m blm_core.evidence cost --out {path}`."
+        )
     return result
 
 

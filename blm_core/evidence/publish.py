@@ -12,7 +12,6 @@ from pathlib import Path
 
 from blm_core.config import ROOT, Preset
 from blm_core.files import read_json, write_json, written_aside
-from blm_core.model import parameter_counts
 
 NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl")
 SOURCE_TEXT = "source-text"
@@ -126,28 +125,3 @@ def _save_figure(cell: dict, folder: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     with written_aside(target) as aside:
         shutil.copyfile(source, aside)
-
-
-def summary(preset: Preset) -> str:
-    """What a run of the notebooks found, in a few lines, and where it lies."""
-    folder = preset.folder
-    data, tokens, run = (read_json(folder / p) for p in ("data/manifest.json", "tokens/manifest.json", "run/summary.json"))
-    results = read_json(folder / "results.json", {})
-    if not (data and tokens and run):
-        raise PublishError(f"{folder} holds no finished run; run the notebooks first.")
-    dropped = {reason: count for reason, count in data["drops"].items() if count}
-    story = results.get("samples", {}).get("story", "")
-    return "\n".join(
-        [
-            f"preset       {preset.name}",
-            f"stories      {data['read']:,} read, {sum(data['stories'].values()):,} kept {data['stories']}",
-            f"dropped      {sum(dropped.values()):,} {dropped}",
-            f"tokens       {tokens['tokens']['train']:,} at hand, {run['tokens']:,} trained on ({run['epochs']:.1f} epochs)",
-            f"parameters   {parameter_counts(preset.model)['total']:,}",
-            f"validation   {run['validation_bits_per_byte']:.3f} bits per byte ({run['validation_split']})",
-            f"training     {run['seconds']:,.0f} s on {run['device']}, PyTorch {run['torch']}",
-            f"a story      {story}",
-            f"notebooks    {folder / 'notebooks'}",
-            f"run          {folder / 'run'} (model in model/)",
-        ]
-    )
