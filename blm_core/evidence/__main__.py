@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 from blm_core.__main__ import carry_out, preset_arguments, preset_of
-from blm_core.config import ROOT, ConfigError
+from blm_core.config import ROOT, ConfigError, build
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -229,7 +229,7 @@ def _ask(args, items, form) -> int:
         max_tokens=args.max_tokens,
     )
     rater = args.rater or re.sub("[^A-Za-z0-9._-]+", "-", endpoint.model).strip("-.")
-    outcome = judge.Judge(endpoint, Path(os.environ.get("BLM_BUILD", ROOT / "build")) / "judge", form).rate(items, rater)
+    outcome = judge.Judge(endpoint, build() / "judge", form).rate(items, rater)
     print(f"{len(outcome.ratings)} of {len(items)} items rated: {outcome.asked} answers bought, {outcome.reused} in the cache")
     print(f"{len(outcome.refused)} without a usable answer, {len(outcome.left)} left; {outcome.spent:.4f} spent in all")
     for name, reasons in outcome.refused.items():

@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from blm_core import config
 from blm_core.clean import words
-from blm_core.config import HUB, ROOT
+from blm_core.config import HUB
 from blm_core.files import fetch
 
 GROUPS = ("story", "factual", "reasoning", "context-tracking")
@@ -41,7 +42,7 @@ def read_prompts(source: str | Path = "own") -> list[Prompt]:
     if source == "own":
         path = OWN
     elif source == "authors":
-        folder = Path(os.environ.get("BLM_BUILD", ROOT / "build")) / "prompts"
+        folder = config.build() / "prompts"
         path = fetch(os.environ.get("BLM_AUTHORS_PROMPTS") or AUTHORS_URL, folder, "BLM_AUTHORS_PROMPTS")
     else:
         path = Path(source)
