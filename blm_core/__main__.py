@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def preset_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else cpu)")
+    parser.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else what fits the machine)")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
 
 
@@ -64,6 +64,9 @@ def carry_out(parser: argparse.ArgumentParser, arguments: list[str] | None) -> i
             print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
             return 1
         raise
+    except KeyboardInterrupt as stopped:
+        print(f"{parser.prog} {args.command}: {stopped or 'stopped'}", file=sys.stderr)
+        return 130
 
 
 def _train(args) -> None:

@@ -1,6 +1,6 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`).
+- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`), else by the machine: `a100` on a large GPU, else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
 - Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
@@ -13,10 +13,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
 ARCHIVE_URL = HUB + "TinyStories_all_data.tar.gz"
 VALIDATION_URL = HUB + "TinyStoriesV2-GPT4-valid.txt"
+GPU_BYTES = 39e9  # an A100 has 40 or 80 GB
 SAMPLE = "sample"  # the embedded sample, packed into an archive and then treated like any other
 
 
@@ -27,6 +30,11 @@ class ConfigError(ValueError):
 def _require(holds: bool, key: str, found, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{key} = {found!r} cannot be used: it must be {wanted}.")
+
+
+def build() -> Path:
+    """The folder that everything is written to: `BLM_BUILD`, or `build/` where that is unset or empty."""
+    return Path(os.environ.get("BLM_BUILD") or ROOT / "build")
 
 
 @dataclass(frozen=True)
@@ -193,7 +201,7 @@ class Preset:
     @property
     def folder(self) -> Path:
         """Where this preset writes; ignored by git."""
-        return Path(os.environ.get("BLM_BUILD") or ROOT / "build") / self.name
+        return build() / self.name
 
 
 PRESETS = {
@@ -251,6 +259,7 @@ PRESETS = {
         model=ModelConfig(vocab_size=8192, n_layers=12, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536),
         train=TrainConfig(
             steps=20_000,
+            isolate_stories=True,
             batch_size=1024,
             micro_batch_size=128,
             learning_rate=1e-3,
@@ -314,12 +323,44 @@ def keys(preset: Preset) -> list[str]:
     return found
 
 
+def choose(named: str | None, gpu: tuple[str, int, bool] | None) -> tuple[str, str]:
+    """The preset's name and why it was taken: `named`, else by the GPU's name, bytes of memory and whether it has bfloat16."""
+    if named:
+        return named, f"BLM_PRESET is {named}"
+    if gpu is None:
+        return "smoke", "BLM_PRESET is not set and there is no GPU"
+    name, size, bfloat16 = gpu
+    found = f"BLM_PRESET is not set and the GPU is {name}, {size / 1e9:.0f} GB, {'with' if bfloat16 else 'without'} bfloat16"
+    if bfloat16 and size >= GPU_BYTES:
+        return "a100", found
+    return "smoke", f"{found}; a100 needs bfloat16 and {GPU_BYTES / 1e9:.0f} GB"
+
+
+def chosen() -> tuple[str, str]:
+    """The name of the preset that `load` takes on this machine, and why."""
+    gpu = None
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        gpu = found.name, found.total_memory, found.major >= 8  # bfloat16 in hardware: Ampere and later
+    return choose(os.environ.get("BLM_PRESET"), gpu)
+
+
+def introduce(preset: Preset) -> str:
+    """What the first cell of a notebook prints: the preset, why it was taken, and how to take another."""
+    others = ", ".join(name for name in PRESETS if name != preset.name)
+    return (
+        f"Preset {preset.name}: {chosen()[1]}.\n"
+        f"To take another ({others}), set BLM_PRESET before Jupyter starts, "
+        f"or write %env BLM_PRESET={'cpu' if preset.name != 'cpu' else 'smoke'} in a cell above this one."
+    )
+
+
 def load(name: str | None = None, overrides: list[str] | None = None) -> Preset:
-    """The preset `name` (or `BLM_PRESET`, or `cpu`) with the environment's and the given overrides applied.
+    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied.
 
     Raises ConfigError.
     """
-    name = name or os.environ.get("BLM_PRESET") or "cpu"
+    name = name or chosen()[0]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; BLM_PRESET may be one of: {', '.join(PRESETS)}")
     preset = PRESETS[name]

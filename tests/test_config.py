@@ -173,11 +173,45 @@ def test_an_unknown_preset_is_refused_with_the_known_ones(monkeypatch):
         config.load()
 
 
-def test_results_go_below_the_folder_that_the_environment_names(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("named", "gpu", "taken"),
+    [
+        ("cpu", ("A100", 80e9, True), "cpu"),
+        (None, None, "smoke"),
+        ("", None, "smoke"),
+        (None, ("A100", 42e9, True), "a100"),
+        (None, ("T4", 16e9, False), "smoke"),
+        (None, ("V100", 80e9, False), "smoke"),
+        (None, ("L4", 24e9, True), "smoke"),
+    ],
+)
+def test_the_machine_chooses_the_preset_where_none_is_named_and_says_why(named, gpu, taken):
+    name, why = config.choose(named, gpu)
+    assert name == taken
+    assert (named or (gpu and gpu[0]) or "no GPU") in why
+
+
+def test_the_first_cell_says_which_preset_was_taken_why_and_how_to_take_another(monkeypatch):
+    preset = config.load()
+    assert preset.name == config.chosen()[0]
+    said = config.introduce(preset)
+    assert all(part in said for part in (f"Preset {preset.name}", config.chosen()[1], "BLM_PRESET=", "a100", "cpu"))
+    monkeypatch.setenv("BLM_PRESET", "cpu")
+    assert "Preset cpu: BLM_PRESET is cpu." in config.introduce(config.load())
+
+
+def test_results_go_below_the_folder_that_the_environment_names_and_empty_means_unset(monkeypatch, tmp_path):
     monkeypatch.setenv("BLM_BUILD", str(tmp_path))
     assert PRESETS["cpu"].folder == tmp_path / "cpu"
+    monkeypatch.setenv("BLM_BUILD", "")
+    assert config.build() == ROOT / "build"
     monkeypatch.delenv("BLM_BUILD")
-    assert PRESETS["cpu"].folder == ROOT / "build" / "cpu"
+    assert config.build() == ROOT / "build"
+
+
+def test_the_folder_of_results_is_read_in_one_place():
+    readers = [path.name for path in (ROOT / "blm_core").rglob("*.py") if 'environ.get("BLM_BUILD' in path.read_text()]
+    assert readers == ["config.py"]
 
 
 def test_the_a100_preset_is_as_large_as_the_brief_wants_it():

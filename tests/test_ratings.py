@@ -113,7 +113,7 @@ def rated(tmp_path):
     write_json(evidence / "key.json", key)
     for rater in ("r1", "r2"):
         lines = [
-            answer(i, *(("none", 1) if e["source"] == f"{XL}/0" else ("child", 4 if rater == "r1" else 6)))
+            answer(i, "none", 1, ends="no") if e["source"] == f"{XL}/0" else answer(i, "child", 4 if rater == "r1" else 6)
             for i, e in key["alone01"].items()
         ]
         put(sheets, f"alone01-{rater}", lines)

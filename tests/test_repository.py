@@ -153,8 +153,8 @@ def test_readme_names_targets_that_exist():
 
 
 def test_readme_explains_every_environment_variable():
-    code = "\n".join(path.read_text() for path in (ROOT / "blm_core").glob("*.py"))
-    assert set(re.findall(r"\bBLM_[A-Z0-9]+\b", code)) <= set(re.findall(r"`(BLM_[A-Z0-9]+)`", README))
+    code = "\n".join(path.read_text() for path in (ROOT / "blm_core").rglob("*.py"))
+    assert set(re.findall(r"\bBLM_[A-Z0-9_]+\b", code)) <= set(re.findall(r"`(BLM_[A-Z0-9_]+)`", README))
 
 
 @pytest.mark.parametrize("name", config.PRESETS)

@@ -24,6 +24,8 @@ from blm_core.checkpoint import load_model
 from blm_core.clean import normalise
 from blm_core.config import ConfigError
 from blm_core.evaluate import Interval, difference_interval, mean_interval, paired_difference, verdict
+from blm_core.evidence.models import read_lines
+from blm_core.evidence.text import measure
 from blm_core.files import read_json, write_json, written_aside
 from blm_core.generate import Sampling, complete
 
@@ -89,11 +91,6 @@ class Text:
         return len(self.text.split())
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The records of a file of JSON lines."""
-    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def treated(text: str) -> str:
     """One line in ASCII typography, case kept, cut after the last full stop (the whole line where there is none)."""
     line = " ".join(normalise(text)[0].split())
@@ -120,12 +117,12 @@ def match_lengths(texts: Sequence[Text], yardstick: Sequence[Text]) -> list[Text
 
 
 def write_own(folder: Path, prompts: dict[str, str], n: int, sampling: Sampling, arm: str) -> list[dict]:
-    """`n` completions of each prompt by the model in `folder`, as records without the prompts."""
+    """`n` completions of each prompt by the model in `folder`, as records without the prompts; `revision` names its weights."""
     model, tokenizer = load_model(folder)
     texts = complete(model, tokenizer, [prompt for prompt in prompts.values() for _ in range(n)], sampling)
-    names = [(name, i) for name in prompts for i in range(n)]
+    names, revision = [(name, i) for name in prompts for i in range(n)], files.sha256(folder / "model.safetensors")[:16]
     return [
-        {"id": f"{arm}/{name}/{i}", "arm": arm, "prompt": name, "sample": i, "completion": text}
+        {"id": f"{arm}/{name}/{i}", "arm": arm, "prompt": name, "sample": i, "completion": text, "revision": revision}
         for (name, i), text in zip(names, texts, strict=True)
     ]
 
@@ -211,6 +208,22 @@ def arms(data: Path, valid: Path, own: Sequence[dict], n: int = 72) -> dict[str,
     return {arm: match_lengths(texts, found[XL]) for arm, texts in found.items()}
 
 
+def recorded_marks(data: Path) -> dict[str, dict]:
+    """ChatGPT's marks for consistency and fluency, 0 to 10, of the texts of elexunix/dl2-bhw1, by the text's id."""
+    records = read_lines(data / "once_upon_a_time.jsonl") + read_lines(data / "peers.jsonl")
+    marked = [r for r in records if r["id"].startswith("elex-") and "judge_consistency" in r]
+    return {r["id"]: {"consistency": r["judge_consistency"], "fluency": r["judge_fluency"]} for r in marked}
+
+
+def measures(texts: dict[str, list[Text]]) -> dict[str, dict[str, list]]:
+    """The measures of `text.measure` of every text of every arm; None where one is not defined."""
+    found = {arm: measure([t.text for t in own]) for arm, own in texts.items()}
+    return {
+        arm: {name: [None if math.isnan(x) else round(float(x), 6) for x in values] for name, values in own.items()}
+        for arm, own in found.items()
+    }
+
+
 def same_length(texts: Sequence[Text]) -> list[Text]:
     """Texts on one beginning, all cut to the words of the shortest."""
     limit = min(t.n_words for t in texts)
@@ -252,7 +265,7 @@ def joined(prompt: str, completion: str) -> str:
 
 
 def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> dict:
-    """Write our texts and the key to `evidence`, all sheets and TASKS.txt to `folder`; the number of items per set.
+    """Write our texts, the key and numbers of all texts to `evidence`, all sheets and TASKS.txt to `folder`; items by set.
 
     Raises RatingsError where `evidence` holds the key of other sheets: marks given on them would lose their meaning.
     """
@@ -313,6 +326,8 @@ def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -
         f"# Rubric: texts alone, and the ladder\n\n{ALONE}\nAnswer: `{ALONE_ANSWER}`\n\n"
         f"# Rubric: pairs\n\n{PAIRS}\nAnswer: `{PAIRS_ANSWER}`\n"
     )
+    write_json(evidence / "measures.json", measures(texts))
+    write_json(evidence / "chatgpt_marks.json", recorded_marks(data))
     (evidence / "blm_texts.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in own))
     (folder / "TASKS.txt").write_text("\n".join(tasks) + "\n")
     return {
@@ -441,7 +456,7 @@ class Rated:
 
 @dataclass(frozen=True)
 class Pair:
-    """The BLM's points (1 win, 0.5 tie) in each order of a pair, by question; `first` holds the points of the text shown first."""
+    """Points (1 win, 0.5 tie) of the BLM in each order of a pair, by question; `first`: of the text that was shown first."""
 
     blm: str
     xl: str
@@ -581,7 +596,7 @@ class Ratings:
         return found
 
     def noise(self) -> dict[str, float]:
-        """How far the marks of texts that stand in two sheets lie apart on average, and how often their answers are the same."""
+        """Texts and pairs that stand in two sheets: mean distance of their marks, and how often the answers are the same."""
         found = {"texts": len(self.repeated), "pairs": len(self.repeated_pairs)}
         for name in CRITERIA:
             found[name] = _average([abs(x[name] - y[name]) for a, b in self.repeated for x, y in zip(a, b, strict=True)])
@@ -594,7 +609,7 @@ class Ratings:
         return _mean([np.mean(p.first[question]) for p in self.pairs])
 
     def validity(self, marks: dict[str, dict]) -> dict[str, float]:
-        """Spearman's correlation of the raters' mean marks with ChatGPT's recorded ones: consistency, and fluency with grammar."""
+        """Spearman's correlation of the mean marks with ChatGPT's recorded ones: consistency, and fluency with grammar."""
         from scipy.stats import spearmanr
 
         texts = [t for t in self.alone if t.source in marks]
@@ -609,7 +624,7 @@ _NONE = Interval(math.nan, math.nan, math.nan)
 
 
 def _first(texts: Sequence[Rated]) -> list[Rated]:
-    return list({t.source: t for t in reversed(sorted(texts, key=lambda t: t.sheet))}.values())[::-1]
+    return list({t.source: t for t in sorted(texts, key=lambda t: t.sheet, reverse=True)}.values())[::-1]
 
 
 def _repeated(texts: Sequence[Rated]) -> list[tuple[tuple[dict, dict], tuple[dict, dict]]]:
