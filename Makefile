@@ -1,4 +1,4 @@
-# make run            environment, five notebooks, summary, report (PRESET=smoke; also cpu or a100)
+# make run            environment, six notebooks, summary, report (PRESET=smoke; also cpu or a100)
 # make test           linter, formatter, notebooks against their stored outputs, test suite
 # make test-graded    notebooks and test suite again, under PyTorch 2.1 and NumPy 1
 # make publish        put what `make run PRESET=...` made where it is committed
@@ -42,7 +42,7 @@ notebooks: $(READY)
 	$(BIN)/python -m nbconvert --to notebook --execute --output-dir $(RESULTS)/notebooks $(NOTEBOOKS)
 
 publish: $(READY)
-	$(BIN)/python -m blm_core publish
+	$(BIN)/python -m blm_core.evidence publish
 
 report: $(READY)
 	command -v quarto >/dev/null || $(BIN)/python -m pip install -c $(CONSTRAINTS) quarto-cli

@@ -155,7 +155,7 @@ def test_every_ratio_has_its_turns_and_a_target(result):
 def test_what_cannot_be_measured_here_is_named_with_the_command_that_fills_it(result):
     (row,) = [row for row in result["training"] if row["preset"] == "a100"]
     assert "tokens_per_second" not in row
-    assert row["command"] == "python -m blm_core bench --presets a100"
+    assert row["command"] == "python -m blm_core.evidence bench --presets a100"
     _, rows = bench.training_table(result)
     assert set(rows[-1][3:]) == {"not measured"}
     assert row["command"] in bench.tables(result)

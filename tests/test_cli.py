@@ -14,6 +14,7 @@ from tiny_models import save_blm
 from blm_core import __main__ as cli
 from blm_core import config, train
 from blm_core.checkpoint import load_state
+from blm_core.evidence import __main__ as evidence
 from blm_core.evidence.publish import record
 from blm_core.files import read_json, write_json
 
@@ -44,7 +45,8 @@ def blm(capsys):
 
     def command(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        code = cli.main([str(argument) for argument in arguments])
+        of_evidence = arguments[0] in ("study", "variables", "publish")
+        code = (evidence if of_evidence else cli).main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
 
@@ -55,7 +57,7 @@ def refused(result: tuple[int, str, str], *named: str) -> None:
     code, out, error = result
     assert code == 1
     assert out == ""
-    assert error.startswith("python -m blm_core ")
+    assert error.startswith("python -m blm_core")
     assert len(error.strip().splitlines()) == 1
     for name in named:
         assert name in error

@@ -54,7 +54,7 @@ SHARES = torch.tensor([0.1, 0.5, 0.15, 0.25])  # likeliest first: 1, 3, 2, 0
 
 def drawn(count: int = 4000, **settings) -> Counter:
     logits = SHARES.log().expand(count, -1)
-    tokens = next_tokens(logits, Sampling(**settings), torch.Generator().manual_seed(1))
+    tokens = next_tokens(logits, Sampling(**settings), torch.rand(count, generator=torch.Generator().manual_seed(1)))
     return Counter(tokens.tolist())
 
 
@@ -98,7 +98,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say(settings, expected
 
 def test_each_row_is_drawn_from_its_own_logits():
     logits = F.one_hot(torch.tensor([2, 0, 1]), 4) * 100.0
-    assert next_tokens(logits, Sampling(), torch.Generator().manual_seed(1)).tolist() == [2, 0, 1]
+    assert next_tokens(logits, Sampling(), torch.rand(3)).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("prompt", ["", "Mo", "The owl sat on the"])
@@ -135,6 +135,15 @@ def test_sampling_neither_reads_nor_moves_the_global_random_state(wild, tokenize
 
 def test_completions_of_one_prompt_in_a_batch_differ(wild, tokenizer):
     assert len(set(complete(wild, tokenizer, ["Mo"] * 5, Sampling(1.0)))) == 5
+
+
+def test_a_text_depends_on_seed_number_and_prompt_and_not_on_the_batch(wild, taught, tokenizer):
+    sampling = Sampling(1.2, top_p=0.98)
+    for model in (wild, taught):
+        ten = complete(model, tokenizer, ["Mo"] * 10, sampling)
+        assert complete(model, tokenizer, ["Mo"] * 8, sampling) == ten[:8]
+        assert complete(model, tokenizer, ["Mo"], sampling) == ten[:1]
+        assert complete(model, tokenizer, ["Ana drew a", "Mo", "It was late. The", "Mo"], sampling)[1::2] == ten[:2]
 
 
 @pytest.mark.parametrize("max_tokens", [0, 1, 7])

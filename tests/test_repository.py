@@ -136,14 +136,14 @@ def test_pip_environments_name_exact_versions(file, torch):
         assert versions["numpy"].startswith("1.")
 
 
-def test_readme_names_commands_that_exist():
-    commands = set(re.findall(r"python -m blm_core ([a-z]\w*)", README))
+@pytest.mark.parametrize("module", ["blm_core", "blm_core.evidence"])
+def test_readme_names_commands_that_exist(module):
+    commands = set(re.findall(rf"python -m {module} ([a-z]\w*)", README))
     shown = subprocess.run(
-        [sys.executable, "-m", "blm_core", "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
+        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
     ).stdout
-    known = set(re.search(r"{([\w,-]+)}", shown)[1].split(","))
     assert commands
-    assert commands <= known
+    assert commands <= set(re.search(r"{([\w,-]+)}", shown)[1].split(","))
 
 
 def test_readme_names_targets_that_exist():

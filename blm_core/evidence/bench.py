@@ -50,7 +50,7 @@ def bench(names: list[str] | None = None, device: str = "auto", effort: Effort |
                 "question": "training in bfloat16, CPU",
                 "target": "1.5",
                 "not_measured": "this CPU has no bfloat16 instructions",
-                "command": "python -m blm_core bench --presets cpu",
+                "command": "python -m blm_core.evidence bench --presets cpu",
             }
         )
     return {
@@ -83,7 +83,7 @@ def read(path: Path) -> dict:
     """What `save` wrote. Raises ConfigError where `path` holds anything else."""
     result = read_json(path)
     if not isinstance(result, dict) or not {"device", "device_type", "training", "ratios"} <= set(result):
-        raise ConfigError(f"{path} holds no benchmark. Make one with `python -m blm_core bench --out {path}`.")
+        raise ConfigError(f"{path} holds no benchmark. Make one with `python -m blm_core.evidence bench --out {path}`.")
     return result
 
 

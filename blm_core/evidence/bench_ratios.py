@@ -15,7 +15,7 @@ from blm_core import tokens as shards
 from blm_core.checkpoint import load_model, save_model
 from blm_core.config import ROOT, Preset
 from blm_core.evidence.bench_training import Effort, Loop, training_stories
-from blm_core.generate import Decoder, Sampling, sample_tokens
+from blm_core.generate import Sampling, sample_tokens
 from blm_core.hardware import resolve_dtype
 from blm_core.model import LanguageModel
 from blm_core.optimizer import learning_rate
@@ -172,7 +172,7 @@ def bench_sampling(preset: Preset, effort: Effort, batch_sizes: tuple[int, ...] 
         from transformers import AutoModelForCausalLM
     except ImportError:
         why = "transformers is not installed"
-        command = "pip install transformers; python -m blm_core bench"
+        command = "pip install transformers; python -m blm_core.evidence bench"
         return [{"question": f"sampling, batch {size}", "not_measured": why, "command": command} for size in batch_sizes]
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -214,24 +214,5 @@ def bench_sampling(preset: Preset, effort: Effort, batch_sizes: tuple[int, ...] 
                 effort.repeats,
                 target="5",
             )
-            limit = _products_per_second(Decoder(ours), size, tokens)
-            rows.append(
-                found
-                | {
-                    "products": limit,
-                    "note": f"{name}, {tokens} tokens; the matrix products alone would give {limit:,.0f} tokens/s, "
-                    f"{limit / found['b']['median']:.1f} times transformers",
-                }
-            )
+            rows.append(found | {"note": f"{name}, {tokens} tokens"})
     return rows
-
-
-def _products_per_second(decoder: Decoder, batch_size: int, tokens: int) -> float:
-    """Tokens per second if a step were nothing but the products of the activations with the weights."""
-    matrices = [matrix for layer in decoder.layers for matrix in layer] + [decoder.head]
-    inputs = [torch.randn(batch_size, matrix.shape[0]) for matrix in matrices]
-    began = time.perf_counter()
-    for _ in range(tokens):
-        for x, matrix in zip(inputs, matrices, strict=True):
-            torch.mm(x, matrix)
-    return tokens * batch_size / (time.perf_counter() - began)

@@ -31,7 +31,7 @@ from blm_core.evaluate import mean_interval, paired_interval, ratio_interval, st
 from blm_core.evidence.prompts import Prompt
 from blm_core.evidence.recording import RecordingError, append_lines, read_lines, resume, versions
 from blm_core.files import sha256
-from blm_core.generate import Sampling, next_tokens, sample_tokens
+from blm_core.generate import Sampling, next_tokens, sample_numbers, sample_tokens, uniforms
 from blm_core.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise
@@ -77,7 +77,7 @@ class ComparedModel(ABC):
         """Bits of each story behind the start token, each scored alone (len(stories),), as `scoring.story_bits` counts them."""
 
     @abstractmethod
-    def draw(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
         """New tokens behind each of the encoded `prompts`; what follows an end token is not looked at."""
 
     def settings(self) -> dict:
@@ -112,7 +112,7 @@ class ComparedModel(ABC):
         return len(self.encode(prompt)) < self.seq_len
 
     def complete(self, prompts: list[str], sampling: Sampling = SAMPLING, n: int = 1) -> list[list[Completion]]:
-        """`n` sampled completions of each prompt. Each batch has a seed of its own, counted up from that of `sampling`.
+        """`n` sampled completions of each prompt.
 
         Raises ValueError for a prompt that leaves no room in the context.
         """
@@ -121,8 +121,10 @@ class ComparedModel(ABC):
                 raise ValueError(f"the prompt {prompt[:40]!r} … leaves no room in the context of {self.name} ({self.seq_len}).")
         encoded = [tokens for prompt in prompts for tokens in [self.encode(prompt)] * n]
         done = []
-        for number, start in enumerate(range(0, len(encoded), self.batch_size)):
-            drawn = self.draw(encoded[start : start + self.batch_size], replace(sampling, seed=sampling.seed + number))
+        numbers = sample_numbers(encoded)
+        for start in range(0, len(encoded), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            drawn = self.draw(encoded[part], sampling, numbers[part])
             done += [self._completion(tokens, sampling.max_tokens) for tokens in drawn]
         return [done[start : start + n] for start in range(0, len(done), n)]
 
@@ -156,8 +158,8 @@ class BLM(ComparedModel):
     def story_bits(self, stories: list[str]) -> np.ndarray:
         return _in_parts(self, stories, lambda encoded: story_bits(self.model, encoded, self.seq_len, self.device))
 
-    def draw(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        rows = torch.stack(list(sample_tokens(self.model, prompts, sampling, self.end)), 1).tolist()
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
+        rows = torch.stack(list(sample_tokens(self.model, prompts, sampling, self.end, numbers)), 1).tolist()
         shortest = min(map(len, prompts))
         return [row[len(prompt) - shortest :] for prompt, row in zip(prompts, rows, strict=True)]
 
@@ -208,7 +210,7 @@ class TransformersModel(ComparedModel):
         return _in_parts(self, stories, lambda encoded: story_bits(logits_of, encoded, self.seq_len, self.device, 2048))
 
     @torch.no_grad()
-    def draw(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
         """Prompts stand to the right of a masked padding; the longest of a batch leaves the room that all have."""
         longest = max(map(len, prompts))
         tokens = torch.full((len(prompts), longest), self.end)
@@ -218,16 +220,16 @@ class TransformersModel(ComparedModel):
             mask[row, longest - len(prompt) :] = 1
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        generator = torch.Generator(self.device).manual_seed(sampling.seed)
         room = self.seq_len - longest
+        uniform = uniforms(prompts, numbers or sample_numbers(prompts), sampling.seed, room).to(self.device)
         cache, drawn = None, []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        for _ in range(min(sampling.max_tokens or room, room)):
+        for step in range(min(sampling.max_tokens or room, room)):
             out = self.model(
                 input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
             cache = out.past_key_values
-            chosen = torch.where(ended, self.end, next_tokens(out.logits[:, -1].float(), sampling, generator))
+            chosen = torch.where(ended, self.end, next_tokens(out.logits[:, -1].float(), sampling, uniform[:, step]))
             drawn.append(chosen)
             ended |= chosen == self.end
             if ended.all():

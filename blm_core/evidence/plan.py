@@ -95,7 +95,7 @@ def read_speed(path: Path) -> Speed:
     if speed is None:
         raise ConfigError(
             f"{path} holds no tokens per second of an accelerator for the preset a100. Measure them on one with "
-            "`python -m blm_core bench --presets a100`."
+            "`python -m blm_core.evidence bench --presets a100`."
         )
     return speed
 
@@ -185,6 +185,6 @@ def plan_note(speed: Speed, budget: Budget | None = None) -> str:
     source = (
         f"Speed of `a100` measured on {speed.device}; that of other sizes scaled to the same FLOP/s."
         if speed.measured
-        else f"Speed assumed, not measured: {speed.device}. `python -m blm_core bench --presets a100` measures it."
+        else f"Speed assumed, not measured: {speed.device}. `python -m blm_core.evidence bench --presets a100` measures it."
     )
     return f"{source} Budget: {budget.hours:g} hours at {budget.price_per_hour:g} an hour, {budget.watts:g} W."

@@ -17,8 +17,8 @@ from pathlib import Path
 from blm_core.clean import CLOSED, normalise
 from blm_core.config import ConfigError
 from blm_core.evidence.compare import recorded
-from blm_core.evidence.endings import sentences
 from blm_core.evidence.ratings import AGES, CRITERIA, Rating, RatingsError, check_marks, read_ratings, write_ratings
+from blm_core.evidence.text import sentences
 from blm_core.files import read_json, write_json, written_aside
 
 CUTS = {
