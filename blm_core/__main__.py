@@ -64,6 +64,9 @@ def carry_out(parser: argparse.ArgumentParser, arguments: list[str] | None) -> i
             print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
             return 1
         raise
+    except KeyboardInterrupt as stopped:
+        print(f"{parser.prog} {args.command}: {stopped or 'stopped'}", file=sys.stderr)
+        return 130
 
 
 def _train(args) -> None:

@@ -3,10 +3,9 @@
 import contextlib
 import os
 import platform
-import shutil
 import statistics
 import subprocess
-import time
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -51,17 +50,6 @@ def mfu(flops_per_second: float, device: torch.device) -> float | None:
     return round(flops_per_second / peak, 4) if peak else None
 
 
-def power(device: torch.device) -> float | None:
-    """Watts that the GPU draws now, None where there is no GPU or no nvidia-smi."""
-    if device.type != "cuda":
-        return None
-    query = ["nvidia-smi", f"--id={device.index or 0}", "--query-gpu=power.draw", "--format=csv,noheader,nounits"]
-    try:
-        return float(subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
-        return None
-
-
 def memory(device: torch.device) -> float | None:
     """Peak memory in GB (10^9 bytes): allocated on the GPU, or resident in this process."""
     if device.type == "cuda":
@@ -79,64 +67,50 @@ def reset_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-class EnergyMeter:
-    """Joules between `start` and `stop`: of the processor by RAPL counters, of the GPU by the power that nvidia-smi names.
+class PowerSampler:
+    """Watts that a GPU draws while it works: nvidia-smi reads them in one process, a thread collects them."""
 
-    What cannot be read is None, and `why` says why.
-    """
-
-    def __init__(self, device: str = "cpu", powercap: Path = Path("/sys/class/powercap"), nvidia_smi: str = "nvidia-smi"):
-        self.why: dict[str, str] = {}
-        self._packages = [
-            folder for folder in sorted(Path(powercap).glob("*-rapl:*")) if folder.name.count(":") == 1
-        ]  # cores and memory below a package (name:0:1) are part of it
-        if not self._packages:
-            self.why["cpu"] = f"{powercap} has no RAPL counters"
-        self._smi = shutil.which(nvidia_smi) if torch.device(device).type == "cuda" else None
-        if not self._smi:
-            self.why["gpu"] = "no GPU was used" if torch.device(device).type != "cuda" else f"{nvidia_smi} is not installed"
-        self._gpu = torch.device(device).index or 0
-        self._sampler: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        if self._smi:
-            query = [f"--id={self._gpu}", "--query-gpu=power.draw", "--format=csv,noheader,nounits", "-lms", "50"]
-            self._sampler = subprocess.Popen([self._smi, *query], stdout=subprocess.PIPE, text=True)
-        self._before = self._counters()
-        self._began = time.perf_counter()
-
-    def stop(self) -> dict[str, float | None]:
-        """Joules since `start`, as `cpu` and `gpu`."""
-        seconds = time.perf_counter() - self._began
-        after = self._counters()
-        cpu = None
-        if self._before is not None and after is not None:
-            cpu = 0.0
-            for folder, start in self._before.items():
-                used = after[folder] - start
-                if used < 0:  # the counter has run over
-                    used += int((folder / "max_energy_range_uj").read_text())
-                cpu += used / 1e6
-        gpu = None
-        if self._sampler:
-            self._sampler.terminate()
-            said = self._sampler.communicate()[0].rpartition("\n")[0].splitlines()  # the last line may be half a number
-            powers = [float(line) for line in said if line.strip().replace(".", "", 1).isdigit()]
-            if powers:
-                gpu = statistics.mean(powers) * seconds
-            else:
-                self.why["gpu"] = f"nvidia-smi named no power in {seconds:.1f} s"
-            self._sampler = None
-        return {"cpu": cpu, "gpu": gpu}
-
-    def _counters(self) -> dict[Path, int] | None:
-        if not self._packages:
-            return None
+    def __init__(self, device: torch.device, milliseconds: int = 100):
+        self.why = "nvidia-smi said nothing" if device.type == "cuda" else "no GPU was used"  # where there is no figure
+        self._readings: list[float] = []
+        self._process = None
+        if device.type != "cuda":
+            return
+        query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--loop-ms={milliseconds}"]
+        command = ["nvidia-smi", f"--id={visible_gpu(device)}", *query]
         try:
-            return {folder: int((folder / "energy_uj").read_text()) for folder in self._packages}
-        except OSError as error:  # readable by root alone on most systems
-            self.why["cpu"] = f"the RAPL counters cannot be read ({error.strerror})"
-            return None
+            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        except OSError as error:
+            self.why = f"nvidia-smi cannot be started ({error.strerror})"
+            return
+        self._thread = threading.Thread(target=self._collect, daemon=True)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        for line in self._process.stdout:
+            try:
+                self._readings.append(float(line))
+            except ValueError:
+                self.why = f"nvidia-smi says {line.strip()!r}"
+
+    def watts(self) -> float | None:
+        """The mean since the last call, None where nothing was read."""
+        readings, self._readings = self._readings, []
+        return statistics.mean(readings) if readings else None
+
+    def close(self) -> None:
+        if self._process:
+            self._process.terminate()
+            self._thread.join()
+            self._process.stdout.close()
+            self._process.wait()
+
+
+def visible_gpu(device: torch.device) -> str:
+    """The name that nvidia-smi has for `device`: it counts all GPUs, PyTorch those in CUDA_VISIBLE_DEVICES."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    index = device.index or 0
+    return visible[index] if index < len(visible) else str(index)
 
 
 def _read(path: str) -> str:

@@ -80,6 +80,15 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return [Muon(hidden, config.learning_rate, config.momentum, config.weight_decay), adamw]
 
 
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load a saved state, but keep this machine's kernel: a CUDA checkpoint asks for a fused one that a CPU may not have."""
+    groups = [
+        saved | {name: group[name] for name in ("fused", "foreach") if name in group}
+        for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True)
+    ]
+    optimizer.load_state_dict(state | {"param_groups": groups})
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of `step` (from 0): linear warm-up, then cosine, or stable and linear decay ("wsd")."""
     floor = config.final_learning_rate

@@ -1,6 +1,4 @@
-"""What a run says while it trains: lines of JSON, and tensorboard or wandb where asked for.
-
-The training loop.
+"""The training loop and its log.
 
 - bfloat16 autocast over float32 master weights, gradient accumulation, clipping, one process or many (DDP)
 - Whole stories in a window; a moving average of the weights is kept where asked for, and is then the model
@@ -11,11 +9,13 @@ The training loop.
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import os
 import platform
 import signal
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -27,12 +27,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from blm_core.checkpoint import llama_config, load_state, save_model, save_state
-from blm_core.config import ConfigError, Preset, TrainConfig, to_dict
+from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.evaluate import ratio_interval, story_bits
 from blm_core.files import read_json, write_json, written_aside
-from blm_core.hardware import device_name, memory, mfu, power, precision, resolve_dtype
+from blm_core.hardware import PowerSampler, device_name, memory, mfu, precision, resolve_dtype
 from blm_core.model import LanguageModel, dropout_bytes, flops_per_token
-from blm_core.optimizer import learning_rate, make_optimizers
+from blm_core.optimizer import learning_rate, make_optimizers, restore
 from blm_core.tokenizer import Tokenizer
 from blm_core.tokens import NOT_SCORED, Batches, TokenStories
 
@@ -40,7 +40,7 @@ from blm_core.tokens import NOT_SCORED, Batches, TokenStories
 class RunLog:
     """`metrics.jsonl`, and tensorboard or wandb where asked for. Lines after the checkpoint are dropped on a restart."""
 
-    def __init__(self, folder: Path, step: int, config: TrainConfig):
+    def __init__(self, folder: Path, step: int, preset: Preset):
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines() if path.exists() else []
         # a line that a kill cut in half belongs to a step that is repeated
@@ -48,16 +48,19 @@ class RunLog:
         with written_aside(path) as aside:
             aside.write_text("".join(line + "\n" for line in kept))
         self._board = self._wandb = None
-        if config.tensorboard:
+        if preset.train.tensorboard:
             with _needed("tensorboard"):
                 from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        if config.wandb:
+        if preset.train.wandb:
             with _needed("wandb"):
                 import wandb
 
-            self._wandb = wandb.init(project="blm", dir=str(folder), name=folder.name, resume="allow", id=folder.name)
+            # Every preset's run lies in a folder of the name `run`: the identity and the whole path tell runs apart.
+            where = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
+            run_id = f"{preset.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+            self._wandb = wandb.init(project="blm", dir=str(folder), name=run_id, id=run_id, resume="allow")
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
     def write(self, **values) -> None:
@@ -151,8 +154,8 @@ def train(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep
     summary = read_json(folder / "summary.json")
     if summary:
         return summary
-    with _processes(preset.train.device) as processes, _termination() as terminated:
-        return _run(preset, tokens, tokenizer, folder, keep_model, processes, terminated)
+    with _processes(preset.train.device) as processes, _interruption() as signals:
+        return _run(preset, tokens, tokenizer, folder, keep_model, processes, signals)
 
 
 def _identity(preset: Preset, tokens: Path, tokenizer: Tokenizer) -> dict:
@@ -185,22 +188,61 @@ def _claim(folder: Path, identity: dict) -> None:
 
 
 @contextlib.contextmanager
-def _termination():
-    """A list that is no longer empty after SIGTERM. Only the main thread can listen."""
+def _interruption():
+    """A list of the signals received: SIGTERM, or Ctrl-C, of which the second ends the run at once."""
     received: list[int] = []
+
+    def receive(number: int, frame) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {}
     try:
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:
-        yield received
-        return
-    try:
+        if threading.current_thread() is threading.main_thread():  # no other thread can listen
+            before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
         yield received
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Run:
+    """What a run has come to: all that a checkpoint holds."""
+
+    def __init__(self, preset: Preset, device: torch.device):
+        config = preset.train
+        self.model = LanguageModel(preset.model, config.seed).to(device).train()
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.weight_average else self.model
+        self.optimizers = make_optimizers(self.model, config)
+        self.step, self.seconds = 0, 0.0
+        self.pending: list[tuple] = []  # loss and gradient norm of the steps since the last log line
+        self.stretches: list[dict] = []  # from which step on, with what precision, device and PyTorch
+
+    def load(self, path: Path) -> None:
+        state = load_state(path)
+        if not state:
+            return
+        self.model.load_state_dict(state["model"])
+        if self.average is not self.model:
+            self.average.load_state_dict(state["average"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            restore(optimizer, saved)
+        self.step, self.seconds, self.stretches = state["step"], state["seconds"], state.get("stretches", [])
+        self.pending = [tuple(pair) for pair in state["pending"]]
+
+    def save(self, path: Path) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict() if self.average is not self.model else None,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        kept = ("step", "seconds", "pending", "stretches")
+        save_state(path, state | {name: getattr(self, name) for name in kept})
 
 
 def _run(
-    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool, here: Processes, terminated: list
+    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool, here: Processes, signals: list
 ) -> dict:
     config, device = preset.train, here.device
     if config.batch_size % (config.micro_batch_size * here.world_size):
@@ -211,111 +253,105 @@ def _run(
     stories = TokenStories(tokens, "train")
     batches = Batches(stories, preset.model.seq_len, config.batch_size, config.seed, config.max_stories)
     validation = _validation(tokens, tokenizer, config.eval_stories)
-    model = LanguageModel(preset.model, config.seed).to(device).train()
-    average = copy.deepcopy(model).requires_grad_(False) if config.weight_average else model
-    optimizers = make_optimizers(model, config)
-    step, seconds, pending = 0, 0.0, []
     if here.first:
         for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
-    state = load_state(folder / "checkpoint.pt")
-    if state:
-        model.load_state_dict(state["model"])
-        if average is not model:
-            average.load_state_dict(state["average"])
-        for optimizer, kept in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(kept)
-        step, seconds, pending = state["step"], state["seconds"], [tuple(pair) for pair in state["pending"]]
-    _require_same_step(step, folder, here)
-    log = RunLog(folder, step, config) if here.first else None
-    loss_of = _compiled(model, preset, device) if config.compile else model
+    run = Run(preset, device)
+    run.load(folder / "checkpoint.pt")
+    _require_same_step(run.step, folder, here)
+    used = {"device": device_name(device), "dtype": resolve_dtype(device, config.dtype), "processes": here.world_size}
+    run.stretches.append({"from_step": run.step, **used, "torch": str(torch.__version__)})
+    loss_of = _compiled(run.model, preset, device) if config.compile else run.model
     if here.world_size > 1:
         loss_of = DistributedDataParallel(loss_of, device_ids=[device.index] if device.type == "cuda" else None)
 
-    def save() -> None:
-        if here.first:
-            state = {
-                "model": model.state_dict(),
-                "average": average.state_dict() if average is not model else None,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            }
-            save_state(folder / "checkpoint.pt", state | {"step": step, "seconds": seconds, "pending": pending})
-
-    bar = tqdm(total=config.steps, initial=step, desc=f"training {preset.name}", unit="step", disable=not here.first)
-    saved = logged = began = time.perf_counter()
-    logged_step, waited, stopping = step, 0.0, False
-    data = batches.prefetched(range(step, config.steps), here.rank, here.world_size)
-    with contextlib.closing(data), contextlib.closing(bar), contextlib.closing(log) if log else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(contextlib.closing(RunLog(folder, run.step, preset))) if here.first else None
+        sampler = stack.enter_context(contextlib.closing(PowerSampler(device)))
+        data = batches.prefetched(range(run.step, config.steps), here.rank, here.world_size)
+        stack.enter_context(contextlib.closing(data))
+        bar = tqdm(total=config.steps, initial=run.step, desc=f"training {preset.name}", unit="step", disable=not here.first)
+        stack.enter_context(bar)
+        clock = time.perf_counter
+        began, seconds = clock(), run.seconds
+        saved = logged = ended = began
+        logged_step, waited, paused = run.step, 0.0, 0.0  # paused: in evaluations and saves, which are no training
         for batch in data:
-            waited += time.perf_counter() - began
-            torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + here.rank)  # dropout
-            lr = learning_rate(step, config)
-            loss, norm = _step(loss_of, model, optimizers, batch, lr, config, here)
-            if average is not model:
-                torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - config.weight_average)
-            step += 1
-            pending.append((loss, norm))
-            at_log = step % config.log_every == 0 or step == config.steps
-            if at_log or (terminated and here.world_size == 1):
-                pending = [(float(a), float(b)) for a, b in pending]  # waits for the device
-                _require_finite(pending, step, preset, folder)
-                stopping = _any(bool(terminated), here)  # SIGTERM reaches the processes at different steps
+            waited += clock() - ended
+            torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + here.rank)  # dropout
+            lr = learning_rate(run.step, config)
+            run.pending.append(_step(loss_of, run.model, run.optimizers, batch, lr, config, here))
+            if run.average is not run.model:
+                weights = list(run.average.parameters()), list(run.model.parameters())
+                torch._foreach_lerp_(*weights, 1 - config.weight_average)
+            run.step += 1
+            bar.update()
+            last = run.step == config.steps
+            at_log, at_eval = (last or run.step % every == 0 for every in (config.log_every, config.eval_every))
+            stopping = False
+            if at_log or at_eval or (signals and here.world_size == 1):
+                run.pending = [(float(loss), float(norm)) for loss, norm in run.pending]  # waits for the device
+                _require_finite(run.pending, run.step, preset, folder)
+                stopping = _any(bool(signals), here)  # a signal reaches the processes at different steps
             if at_log:
-                now = time.perf_counter()
-                rate = (step - logged_step) * preset.tokens_per_step / (now - logged)
-                mean_loss = sum(loss for loss, _ in pending) / len(pending)
+                span = clock() - logged - paused
+                rate = (run.step - logged_step) * preset.tokens_per_step / span
                 if here.first:
+                    mean_loss = sum(loss for loss, _ in run.pending) / len(run.pending)
                     log.write(
-                        step=step,
-                        tokens=step * preset.tokens_per_step,
+                        step=run.step,
+                        tokens=run.step * preset.tokens_per_step,
                         loss=mean_loss,
                         learning_rate=lr,
-                        gradient_norm=pending[-1][1],
+                        gradient_norm=run.pending[-1][1],
                         tokens_per_second=round(rate),
-                        data_share=round(waited / (now - logged), 4),
+                        data_share=round(waited / span, 4),
                         mfu=mfu(rate * flops_per_token(preset.model) / here.world_size, device),
-                        power_w=power(device),
+                        power_w=sampler.watts(),
                         memory_gb=memory(device),
                     )
                     bar.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_second=f"{rate:,.0f}")
-                pending, logged, logged_step, waited = [], now, step, 0.0
-            bar.update()
-            if here.first and (step % config.eval_every == 0 or step == config.steps):
-                value, low, high = _validate(average, validation, config.dtype)
-                log.write(step=step, tokens=step * preset.tokens_per_step, validation_bits_per_byte=value, low=low, high=high)
-                model.train()
-                logged = time.perf_counter()
-            due = time.perf_counter() - saved > 60 * config.checkpoint_minutes and not pending
-            seconds += time.perf_counter() - began
-            began = time.perf_counter()
-            if due or stopping or step == config.steps:
-                save()
-                saved = time.perf_counter()
-            if stopping and step < config.steps:
-                raise SystemExit(f"stopped by SIGTERM after step {step}; {folder / 'checkpoint.pt'} continues from there.")
-    summary = {}
-    if here.first:
-        if keep_model:
-            save_model(folder / "model", average, tokenizer)
-        training, evaluated = metrics(folder)
-        summary = {
-            "steps": step,
-            "tokens": step * preset.tokens_per_step,
-            "epochs": step * config.batch_size / batches.windows_per_epoch,
-            "padding": round(batches.padding, 4),
-            "seconds": round(seconds, 1),
-            "loss": training[-1]["loss"],
-            "validation_bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
-            "validation_split": validation[2],
-            "device": device_name(device),
-            "dtype": resolve_dtype(device, config.dtype),
-            "processes": here.world_size,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        }
-        write_json(folder / "summary.json", summary)
-        if not keep_model:
-            (folder / "checkpoint.pt").unlink()
+                run.pending, logged, logged_step, waited, paused = [], clock(), run.step, 0.0, 0.0
+            pause = clock()
+            if here.first and at_eval:
+                value, low, high = _validate(run.average, validation, config.dtype)
+                at = {"step": run.step, "tokens": run.step * preset.tokens_per_step}
+                log.write(**at, validation_bits_per_byte=value, low=low, high=high)
+                run.model.train()
+            run.seconds = seconds + clock() - began
+            due = at_log and clock() - saved > 60 * config.checkpoint_minutes
+            if here.first and (due or stopping or last):
+                run.save(folder / "checkpoint.pt")
+                saved = clock()
+            ended = clock()
+            paused += ended - pause
+            if stopping and not last:
+                where = f"after step {run.step}; {folder / 'checkpoint.pt'} continues from there."
+                if signal.SIGINT in signals:
+                    raise KeyboardInterrupt(f"stopped by Ctrl-C {where}")
+                raise SystemExit(f"stopped by SIGTERM {where}")
+    if not here.first:
+        return {}
+    if keep_model:
+        save_model(folder / "model", run.average, tokenizer)
+    training, evaluated = metrics(folder)
+    summary = {
+        "steps": run.step,
+        "tokens": run.step * preset.tokens_per_step,
+        "epochs": run.step * config.batch_size / batches.windows_per_epoch,
+        "padding": round(batches.padding, 4),
+        "seconds": round(run.seconds, 1),
+        "loss": training[-1]["loss"],
+        "validation_bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
+        "validation_split": validation[2],
+        **used,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "stretches": run.stretches,
+    }
+    write_json(folder / "summary.json", summary)
+    if not keep_model:
+        (folder / "checkpoint.pt").unlink()
     return summary
 
 
@@ -375,14 +411,19 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
 
 
 def _compiled(model: LanguageModel, preset: Preset, device: torch.device):
-    """The compiled model, tried on one sequence; where there is no working compiler, the model and a warning."""
-    tokens = torch.zeros(preset.train.micro_batch_size, preset.model.seq_len, dtype=torch.int64, device=device)
+    """The compiled model, tried on one micro-batch. Without a working compiler: a warning on a CPU, else RunError."""
     try:
+        tokens = torch.zeros(preset.train.micro_batch_size, preset.model.seq_len, dtype=torch.int64, device=device)
         compiled = torch.compile(model)
         with precision(device, preset.train.dtype):
             noise = dropout_bytes(preset.model, tokens) if preset.model.dropout else None
             compiled(tokens, tokens, stories=tokens if preset.train.isolate_stories else None, noise=noise).backward()
     except Exception as error:  # a missing compiler shows as one of many kinds
+        if device.type != "cpu":  # to train on eagerly would cost half of a rented machine's time, unseen
+            raise RunError(
+                f"torch.compile failed on {device}: {error}"[:500] + "\nSet train.compile=false to train without it, or a "
+                "smaller train.micro_batch_size where memory is short."
+            ) from error
         warnings.warn(f"torch.compile does not work here, training goes on without it: {error}"[:500], stacklevel=2)
         compiled = model
     model.zero_grad(set_to_none=True)

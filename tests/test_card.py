@@ -1,9 +1,9 @@
 """The model card: every number in it was recorded, and the model beside it wrote the samples."""
 
-from blm_core.evidence.__main__ import main
 from blm_core.checkpoint import save_model
 from blm_core.config import ModelConfig
 from blm_core.evidence import publish
+from blm_core.evidence.__main__ import main
 from blm_core.evidence.card import PROMPT, SAMPLES, evaluations, write_card
 from blm_core.model import LanguageModel
 

@@ -1,11 +1,15 @@
 """What is found out about the machine."""
 
+import contextlib
+import os
 import platform
+import sys
+import time
 
 import pytest
 import torch
 
-from blm_core.hardware import device_name, fast_bfloat16, memory, mfu, power, precision, resolve_dtype
+from blm_core.hardware import PowerSampler, device_name, fast_bfloat16, memory, mfu, precision, resolve_dtype, visible_gpu
 
 CPU = torch.device("cpu")
 
@@ -31,10 +35,9 @@ def test_matrices_are_multiplied_in_the_precision_that_is_resolved_and_weights_s
     assert weight(torch.ones(1, 4)).dtype == torch.float32
 
 
-def test_a_processor_has_a_name_no_known_peak_and_no_power_to_read():
+def test_a_processor_has_a_name_and_no_known_peak():
     assert f"{torch.get_num_threads()} threads" in device_name(CPU)
     assert mfu(1e9, CPU) is None
-    assert power(CPU) is None
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="the peak is read from /proc")
@@ -45,11 +48,61 @@ def test_peak_memory_is_that_of_the_process_in_gigabytes_and_grows_with_it():
     assert held[0] == 1
 
 
+NVIDIA_SMI = """#!{python}
+import sys, time
+assert sys.argv[1] == "--id={gpu}", sys.argv
+print("[N/A]", flush=True)
+for watts in (100, 200, 300):
+    print(watts, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Put a program of that name on the path that answers for one GPU only."""
+
+    def install(gpu: str) -> None:
+        program = tmp_path / "nvidia-smi"
+        program.write_text(NVIDIA_SMI.format(python=sys.executable, gpu=gpu))
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("visible", "index", "name"), [(None, 1, "1"), ("2,3", 1, "3"), ("GPU-5a,GPU-6b", None, "GPU-5a"), ("", 0, "0")]
+)
+def test_power_is_the_mean_over_the_interval_on_the_gpu_that_pytorch_uses(nvidia_smi, monkeypatch, visible, index, name):
+    nvidia_smi(name)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    device = torch.device("cuda", index)
+    assert visible_gpu(device) == name
+    with contextlib.closing(PowerSampler(device)) as sampler:
+        deadline = time.monotonic() + 30
+        while len(sampler._readings) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert sampler.watts() == 200
+        assert sampler.watts() is None
+    assert sampler._process.poll() is not None
+
+
+def test_power_that_cannot_be_read_is_missing_with_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for device, why in ((torch.device("cuda"), "cannot be started"), (CPU, "no GPU was used")):
+        with contextlib.closing(PowerSampler(device)) as sampler:
+            assert sampler.watts() is None
+            assert why in sampler.why
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_gpu_states_its_power_memory_and_name():
+def test_a_gpu_states_its_memory_and_name():
     gpu = torch.device("cuda", 0)
     held = torch.ones(10_000_000, device=gpu)
-    assert power(gpu) > 0
     assert memory(gpu) >= 0.04
     assert device_name(gpu) == torch.cuda.get_device_name(0)
     assert held[0] == 1

@@ -11,9 +11,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from blm_core.evidence.__main__ import main
 from blm_core.config import ConfigError
 from blm_core.evidence import judge, sheets
+from blm_core.evidence.__main__ import main
 from blm_core.evidence.judge import Endpoint, Judge, JudgeError, parse_answer
 from blm_core.evidence.judge import endpoint_from_environment as from_environment
 from blm_core.evidence.ratings import Rating, RatingsError, read_ratings

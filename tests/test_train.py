@@ -8,15 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from blm_core import config, train
-from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model
+from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model, save_state
 from blm_core.config import ConfigError, Preset
 from blm_core.files import read_json, write_json
+from blm_core.hardware import resolve_dtype
 from blm_core.model import LanguageModel
 from blm_core.optimizer import learning_rate, make_optimizers
 from blm_core.train import DivergedError, RunError
@@ -60,14 +63,14 @@ def losses(folder: Path) -> list[float]:
 
 
 @contextlib.contextmanager
-def sigterm_in_step(number: int):
-    """Send SIGTERM to this process at the beginning of its step `number`."""
+def signal_in_step(number: int, which: int = signal.SIGTERM):
+    """Send a signal to this process at the beginning of its step `number`."""
     real, calls = train._step, []
 
     def step(*args):
         calls.append(None)
         if len(calls) == number:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(which)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -76,7 +79,7 @@ def sigterm_in_step(number: int):
 
 
 def interrupted(run, folder: Path, *settings: str, step: int, **options) -> None:
-    with sigterm_in_step(step), pytest.raises(SystemExit):
+    with signal_in_step(step), pytest.raises(SystemExit):
         run(folder, *settings, **options)
 
 
@@ -229,7 +232,7 @@ def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, tmp_
 def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step, tmp_path):
     run(tmp_path / "whole", *EVERYTHING)
     handler = signal.getsignal(signal.SIGTERM)
-    with sigterm_in_step(step), pytest.raises(SystemExit) as stopped:
+    with signal_in_step(step), pytest.raises(SystemExit) as stopped:
         run(tmp_path / "parts", *EVERYTHING)
     assert str(stopped.value) == (
         f"stopped by SIGTERM after step {step}; {tmp_path / 'parts' / 'checkpoint.pt'} continues from there."
@@ -242,8 +245,61 @@ def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step,
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
 
 
+def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, tmp_path):
+    run(tmp_path / "whole")
+    with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C after step 5"):
+        run(tmp_path / "parts")
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    run(tmp_path / "parts")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+
+
+def test_each_stretch_of_a_run_says_what_it_was_computed_with(run, tmp_path):
+    interrupted(run, tmp_path, "train.dtype=auto", step=5)
+    summary = run(tmp_path, "train.dtype=auto")
+    assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, 5]
+    for stretch in summary["stretches"]:
+        assert stretch["dtype"] == resolve_dtype(torch.device("cpu"), "auto")
+        assert (stretch["device"], stretch["torch"]) == (summary["device"], torch.__version__)
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, tmp_path):
+    run(tmp_path / "whole")
+    interrupted(run, tmp_path / "parts", step=5)
+    path = tmp_path / "parts" / "checkpoint.pt"
+    state = load_state(path)
+    for group in state["optimizers"][-1]["param_groups"]:
+        group["fused"] = True  # as AdamW writes it on CUDA
+    save_state(path, state)
+    run(tmp_path / "parts")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    assert not any(group["fused"] for group in load_state(path)["optimizers"][-1]["param_groups"])
+
+
+def test_speed_is_that_of_training_also_after_an_evaluation_between_two_log_lines(run, tmp_path, monkeypatch):
+    step, validate, seconds = train._step, train._validate, []
+
+    def slow_step(*args):
+        began = time.perf_counter()
+        time.sleep(0.05)
+        result = step(*args)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    def slow_validate(*args):
+        time.sleep(0.5)
+        return validate(*args)
+
+    monkeypatch.setattr(train, "_step", slow_step)
+    monkeypatch.setattr(train, "_validate", slow_validate)
+    run(tmp_path, "train.log_every=4", "train.eval_every=3")
+    for number, line in enumerate(train.metrics(tmp_path)[0]):
+        fastest = 4 * 8 * 32 / sum(seconds[4 * number : 4 * number + 4])
+        assert 0.7 * fastest < line["tokens_per_second"] <= fastest
+
+
 def test_sigterm_in_the_last_step_lets_the_run_finish(run, tmp_path):
-    with sigterm_in_step(12):
+    with signal_in_step(12):
         assert run(tmp_path)["steps"] == 12
 
 
@@ -430,7 +486,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_not_overwritten(run, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"no checkpoint"
 
 
-UNCOMPILED = """
+TRAINED = """
 import sys, warnings
 from pathlib import Path
 from blm_core import config, train
@@ -449,11 +505,41 @@ def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tm
     settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true"]
     without = {"CXX": "/no/compiler", "CC": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", UNCOMPILED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
+        [sys.executable, "-c", TRAINED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
     )
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here, training goes on without it" in done.stderr
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
+def test_compiled_steps_give_the_losses_of_eager_ones(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    settings = [*EVERYTHING, "train.isolate_stories=true", "train.steps=2", "train.warmup_steps=0", "train.log_every=1"]
+    run(tmp_path / "eager", *settings)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        run(tmp_path / "compiled", *settings, "train.compile=true")
+    assert not [w for w in warned if "torch.compile does not work" in str(w.message)]
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "eager"), rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="compilation works on this GPU")
+def test_a_compilation_that_fails_on_a_gpu_stops_the_run_and_names_the_setting(smoke):
+    preset = tiny(smoke)
+    with pytest.raises(RunError, match=r"(?s)torch.compile failed on cuda: .*Set train.compile=false"):
+        train._compiled(LanguageModel(preset.model), preset, torch.device("cuda"))
+
+
+def test_wandb_has_a_run_of_its_own_for_every_run_of_this_project(run, tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for name in ("one", "two"):
+        run(tmp_path / name / "run", "train.wandb=true")
+    files = [path for name in ("one", "two") for path in (tmp_path / name / "run").glob("wandb/offline-run-*/run-*.wandb")]
+    assert len({path.name for path in files}) == 2
+    assert all(path.name.startswith("run-smoke-") for path in files)
+    assert all(b"validation_bits_per_byte" in path.read_bytes() for path in files)
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
@@ -466,7 +552,8 @@ def test_a_tracker_that_is_asked_for_and_not_installed_is_named(run, package, tm
     assert run(tmp_path)["steps"] == 12
 
 
-def test_trackers_are_not_imported_unless_asked_for(run, tmp_path):
-    run(tmp_path)
-    assert "wandb" not in sys.modules
-    assert "torch.utils.tensorboard" not in sys.modules
+def test_trackers_are_not_imported_unless_asked_for(smoke, tokenizer, tmp_path):
+    places = [str(tmp_path / "run"), str(smoke.folder / "tokens"), str(tokenizer.path)]
+    code = TRAINED + "assert not {'wandb', 'torch.utils.tensorboard'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *places, *TINY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

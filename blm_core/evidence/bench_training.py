@@ -4,6 +4,7 @@ The real step on the real batches. Tokens per second come from steps that nothin
 backward and optimizer from separate steps that wait for the device at each boundary.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from blm_core.config import Preset
 from blm_core.files import read_json
-from blm_core.hardware import PEAK_FLOPS, EnergyMeter, memory, mfu, reset_memory, resolve_dtype
+from blm_core.hardware import PEAK_FLOPS, PowerSampler, memory, mfu, reset_memory, resolve_dtype
 from blm_core.model import LanguageModel, flops_per_token, parameter_counts
 from blm_core.optimizer import learning_rate, make_optimizers
 from blm_core.tokens import Batches, TokenStories
@@ -220,10 +221,9 @@ def _bench_training(preset: Preset, device: torch.device, effort: Effort, compil
             return {"mode": "compiled", "not_measured": loop.why_eager}
         loop.run(1)
         steps = max(1, round(effort.seconds / loop.run(1)))
-        meter = EnergyMeter(str(device))
-        meter.start()
-        seconds = loop.run(steps)
-        joules = meter.stop()["gpu" if device.type == "cuda" else "cpu"]
+        with contextlib.closing(PowerSampler(device)) as sampler:
+            seconds = loop.run(steps)
+            watts = sampler.watts()
         shares = loop.shares(max(1, steps // 2))
     rate = steps * preset.tokens_per_step / seconds
     flops = rate * flops_per_token(preset.model)
@@ -240,7 +240,7 @@ def _bench_training(preset: Preset, device: torch.device, effort: Effort, compil
         "mfu": mfu(flops, device),
         "shares": shares,
         "memory_gb": memory(device),
-        "watts": None if joules is None else round(joules / seconds, 1),
-        "joules_per_token": None if joules is None else joules / (steps * preset.tokens_per_step),
-        "energy_unread": meter.why.get("gpu" if device.type == "cuda" else "cpu"),
+        "watts": watts and round(watts, 1),
+        "joules_per_token": watts and watts * seconds / (steps * preset.tokens_per_step),
+        "energy_unread": None if watts else sampler.why,
     }

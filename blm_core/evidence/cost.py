@@ -27,7 +27,7 @@ from blm_core.evidence.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel
 from blm_core.evidence.prompts import read_prompts
 from blm_core.evidence.recording import versions
 from blm_core.files import read_json
-from blm_core.hardware import EnergyMeter
+from blm_core.hardware import PowerSampler
 from blm_core.model import KeyValueCache
 
 ARCHITECTURES = {"gpt2-xl": GPT2_XL}  # what can stand in for weights that cannot be loaded
@@ -107,7 +107,7 @@ def cost_line(result: dict) -> dict:
         a, b = ours[name], theirs[name]
         outcome = "wins" if a["low"] > b["high"] else "loses" if a["high"] < b["low"] else "undecided"
         line[name] = {"ratio": a["value"] / b["value"], "verdict": outcome}
-    for part in ("cpu", "gpu"):
+    for part in ("gpu",):
         a, b = ours["joules_per_text"][part], theirs["joules_per_text"][part]
         if a is None or b is None:
             line[f"{part}_joules_per_text"] = {"ratio": None, "verdict": "not run"}
@@ -140,7 +140,7 @@ def cost_table(result: dict) -> tuple[tuple, list[tuple]]:
         rows.append(
             (label, *(f"{_short(m[key]['value'])} [{_short(m[key]['low'])}, {_short(m[key]['high'])}]" for m in (ours, theirs)))
         )
-    for part in ("cpu", "gpu"):
+    for part in ("gpu",):
         joules = [model["joules_per_text"][part] for model in (ours, theirs)]
         rows.append((f"joules per text ({part.upper()})", *("not readable" if j is None else _short(j) for j in joules)))
     return header, rows
@@ -159,7 +159,7 @@ def measure(spec: dict, settings: CostSettings) -> dict:
     vocabulary = found.pop("vocabulary")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (1, settings.prefill), generator=generator).to(device)
-    meter = EnergyMeter(settings.device)
+    sampler = PowerSampler(device)
 
     def once() -> tuple[float, float]:
         start = _now(device)
@@ -172,10 +172,12 @@ def measure(spec: dict, settings: CostSettings) -> dict:
     with torch.inference_mode():
         once()  # the first run also sets up kernels and memory
         times: list[tuple[float, float]] = []
-        meter.start()
+        sampler.watts()  # the mean begins here
         while len(times) < settings.repeats or (sum(map(sum, times)) < settings.seconds and len(times) < MOST_REPEATS):
             times.append(once())
-        joules = {name: None if value is None else value / len(times) for name, value in meter.stop().items()}
+        watts = sampler.watts()
+    sampler.close()
+    joules = {"gpu": None if watts is None else watts * sum(map(sum, times)) / len(times)}
     bytes_per_token, how = _bytes_per_token(encode, vocabulary)
     result = {
         "name": spec["name"],
@@ -192,7 +194,7 @@ def measure(spec: dict, settings: CostSettings) -> dict:
         "peak_memory_bytes": memory()["peak"],
         "gpu_peak_memory_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
         "joules_per_text": joules,
-        "energy_unread": meter.why,
+        "energy_unread": {} if watts else {"gpu": sampler.why},
         "versions": versions(),
     }
     for name, count, column in (("prefill", settings.prefill, 0), ("generation", settings.generated, 1)):
