@@ -5,8 +5,8 @@ import pytest
 from tiny_models import save_blm, save_gpt2
 
 from blm_core.evidence import cost
-from blm_core.evidence.compare import UnavailableError, random_gpt2
 from blm_core.evidence.cost import CostError, CostSettings, cost_line, cost_table, measure_cost, memory, read_cost
+from blm_core.evidence.models import UnavailableError, random_gpt2
 
 QUICK = CostSettings(prefill=8, generated=4, repeats=2, seconds=0, threads=1)
 SMALL = {"n_embd": 8, "n_layer": 1, "n_head": 1}

@@ -14,8 +14,8 @@ from blm_core import config as configuration
 from blm_core.config import ROOT, ConfigError
 from blm_core.evidence.bench_ratios import bench_encoding, bench_loops, bench_optimizers, bench_sampling
 from blm_core.evidence.bench_training import MOST_FLOPS_ON_CPU, PARTS, Effort, bench_preset
+from blm_core.evidence.models import versions
 from blm_core.evidence.publish import markdown_table
-from blm_core.evidence.recording import versions
 from blm_core.files import read_json, write_json
 from blm_core.hardware import device_name, fast_bfloat16
 from blm_core.model import flops_per_token

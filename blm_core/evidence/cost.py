@@ -23,9 +23,16 @@ import torch
 from torch import Tensor
 
 from blm_core.config import ROOT
-from blm_core.evidence.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2
-from blm_core.evidence.prompts import read_prompts
-from blm_core.evidence.recording import versions
+from blm_core.evidence.models import (
+    BLM,
+    GPT2_XL,
+    PUBLISHED,
+    TransformersModel,
+    UnavailableError,
+    random_gpt2,
+    read_prompts,
+    versions,
+)
 from blm_core.files import read_json
 from blm_core.hardware import PowerSampler
 from blm_core.model import KeyValueCache
