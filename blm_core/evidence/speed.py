@@ -427,7 +427,7 @@ def training_table(result: dict) -> tuple[tuple, list[tuple]]:
 def ratio_table(result: dict) -> tuple[tuple, list[tuple]]:
     """Header and rows of what was measured by turns: median, and in brackets the lowest and the highest."""
     rows = []
-    for row in result["ratios"]:
+    for row in (row for row in result["ratios"] if "ratio" in row):
         a, b = (f"{row[side]['name']}: {_number(row[side]['median'])}" for side in ("a", "b"))
         rows.append((row["question"], row["unit"], a, b, _spread(row["ratio"])))
     return ("what", "unit", "A", "B", "A / B"), rows

@@ -314,13 +314,13 @@ def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
                 f"{value:.4f}",
                 _against(value, chosen.get(next(iter(study.variants))), noise),
                 rate if len(rates) == 1 else f"{rate} of {', '.join(rates)}",
-                f"{sum(_flops(run) for run in mine) / 1e12:.0f}",
+                f"{sum(flops(run) for run in mine) / 1e12:.0f}",
             )
         )
     return rows
 
 
-def _flops(run: dict) -> float:
+def flops(run: dict) -> float:
     return run["summary"].get("tokens", 0) * flops_per_token(config.ModelConfig(**run["model"]))
 
 
