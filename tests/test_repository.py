@@ -116,8 +116,8 @@ def test_conda_environment_holds_the_pins_without_which_it_does_not_run():
 
 def test_conda_environment_holds_every_package_that_blm_core_needs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"]}
-    wanted |= {name for extra in ("tracking", "comparison") for name in project["optional-dependencies"][extra]}
+    extras = [name for extra in ("tracking", "comparison") for name in project["optional-dependencies"][extra]]
+    wanted = {re.match(r"[\w-]+", requirement)[0] for requirement in project["dependencies"] + extras}
     packages = {re.match(r"[\w-]+", entry)[0] for entry in yaml.safe_load((ROOT / "env.yaml").read_text())["dependencies"]}
     assert wanted - {"torch"} <= packages
 
