@@ -12,7 +12,7 @@ from blm_core import config, pipeline
 from blm_core import train as training
 from blm_core.config import ConfigError
 from blm_core.evidence import rehearsal, speed
-from blm_core.evidence.compare import UnavailableError, random_gpt2
+from blm_core.evidence.models import UnavailableError, random_gpt2
 from blm_core.evidence.speed import QUICK, CostError, CostSettings, Loop, PlainLoop, cost_line, cost_table, measure_cost
 from blm_core.model import flops_per_token
 

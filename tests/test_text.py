@@ -11,7 +11,7 @@ from blm_core.clean import words
 from blm_core.data import read_split
 from blm_core.evaluate import Interval
 from blm_core.evidence import text as t
-from blm_core.evidence.compare import BLM, TransformersModel
+from blm_core.evidence.models import BLM, TransformersModel
 from blm_core.evidence.text import copied, sentences
 
 

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 import torch
 
 from blm_core.config import ConfigError, Preset
+from blm_core.evidence.models import versions
 from blm_core.evidence.publish import markdown_table
-from blm_core.evidence.recording import versions
 from blm_core.evidence.speed import Effort, Loop, by_turns, changed, micro_batches, training_rows
 from blm_core.hardware import device_name, precision
 from blm_core.model import KeyValueCache, LanguageModel

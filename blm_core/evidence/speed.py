@@ -31,9 +31,8 @@ from blm_core import data, pipeline
 from blm_core import tokens as shards
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, ConfigError, Preset
-from blm_core.evidence.compare import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2
+from blm_core.evidence.models import BLM, GPT2_XL, PUBLISHED, TransformersModel, UnavailableError, random_gpt2, versions
 from blm_core.evidence.publish import markdown_table
-from blm_core.evidence.recording import versions
 from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, sample_tokens
 from blm_core.hardware import PowerSampler, device_name, memory, mfu, reset_memory, resolve_dtype
@@ -625,7 +624,7 @@ def _bytes(model: torch.nn.Module) -> int:
 def read_cost(path: Path) -> dict:
     """What `measure_cost` found and the command `cost` wrote. Raises UnavailableError."""
     result = read_json(path)
-    if not isinstance(result, dict) or len(result.get("models", [])) != 2:
+    if not isinstance(result, dict) or not all("peak_memory_gb" in model for model in result.get("models", [{}])):
         raise UnavailableError(
             f"{path} holds no measured costs. Make them with `python -m blm_core.evidence cost --out {path}`."
         )

@@ -1,44 +1,48 @@
 """Models under comparison, behind one small interface: bits of stories, log-probability of a continuation, completions.
 
-- `BLM`: a model folder of this project; `TransformersModel`: any causal model of transformers, GPT2-XL first;
-  `Recorded`: completions from a JSON-lines file, which can be rated and measured, not scored.
-- Every text stands behind the model's start token, in scoring as in sampling, and both kinds of model draw their tokens
-  through `generate.next_tokens`: what is compared is never the decoding.
+- `BLM`: a model folder of this project; `TransformersModel`: any causal model of transformers, GPT2-XL first.
+- Every text stands behind the model's start token, in scoring as in sampling. Both kinds of model draw their tokens through
+  `generate.next_tokens`, and a sample depends on the seed, its number and its prompt alone.
 - What a model has scored or written goes into JSON-lines files that are continued after a break (`record`, `score_stories`).
 
 transformers is imported here and nowhere else, and only when such a model is loaded.
 """
 
+from __future__ import annotations
+
 import hashlib
+import json
 import math
 import os
+import sys
 import time
+import warnings
 from abc import ABC, abstractmethod
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import requests
 import torch
-from numpy.typing import ArrayLike
 from tqdm import tqdm
 
+from blm_core import __version__
 from blm_core.checkpoint import load_model
-from blm_core.config import Preset
-from blm_core.evaluate import mean_interval, paired_interval, ratio_interval, story_bits, verdict
-from blm_core.evidence.prompts import Prompt
-from blm_core.evidence.recording import RecordingError, append_lines, read_lines, resume, versions
-from blm_core.files import sha256
+from blm_core.config import HUB, Preset, build
+from blm_core.evaluate import story_bits
+from blm_core.files import fetch, sha256
 from blm_core.generate import Sampling, next_tokens, sample_numbers, sample_tokens, uniforms
 from blm_core.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise
 GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}  # the rest of GPT-2's configuration is transformers' default
 LONGEST_CONTEXT = 2048  # tokens: stories are shorter, and a batch of logits has to fit into memory
-# GPT2-XL on TinyStories text, lower-cased and joined, as another solution of this homework reports it.
-PUBLISHED = {"perplexity": 5.29, "tokens": 123_110, "characters": 500_000}
+# GPT2-XL on TinyStories text: lower-cased and joined (ex7remum/TinyStoriesLM), and the mean perplexity of 500 single stories in
+# their own case (kkorolev1/deep-learning-2).
+PUBLISHED = {"perplexity": 5.2897, "tokens": 123_110, "characters": 500_000, "mean_perplexity": 6.7053}
 
 
 class UnavailableError(RuntimeError):
@@ -77,7 +81,7 @@ class ComparedModel(ABC):
         """Bits of each story behind the start token, each scored alone (len(stories),), as `scoring.story_bits` counts them."""
 
     @abstractmethod
-    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         """New tokens behind each of the encoded `prompts`; what follows an end token is not looked at."""
 
     def settings(self) -> dict:
@@ -111,22 +115,21 @@ class ComparedModel(ABC):
         """Whether the context holds the prompt and at least one token more."""
         return len(self.encode(prompt)) < self.seq_len
 
-    def complete(self, prompts: list[str], sampling: Sampling = SAMPLING, n: int = 1) -> list[list[Completion]]:
-        """`n` sampled completions of each prompt.
+    def complete(self, prompts: list[str], sampling: Sampling = SAMPLING, numbers: list[int] | None = None) -> list[Completion]:
+        """One completion of each prompt; `numbers` says which sample of its prompt each is (default: in the order given).
 
         Raises ValueError for a prompt that leaves no room in the context.
         """
         for prompt in prompts:
             if not self.has_room(prompt):
                 raise ValueError(f"the prompt {prompt[:40]!r} … leaves no room in the context of {self.name} ({self.seq_len}).")
-        encoded = [tokens for prompt in prompts for tokens in [self.encode(prompt)] * n]
-        done = []
-        numbers = sample_numbers(encoded)
+        encoded = [self.encode(prompt) for prompt in prompts]
+        numbers, done = numbers or sample_numbers(encoded), []
         for start in range(0, len(encoded), self.batch_size):
             part = slice(start, start + self.batch_size)
             drawn = self.draw(encoded[part], sampling, numbers[part])
             done += [self._completion(tokens, sampling.max_tokens) for tokens in drawn]
-        return [done[start : start + n] for start in range(0, len(done), n)]
+        return done
 
     def _completion(self, tokens: list[int], max_tokens: int) -> Completion:
         tokens = tokens[: max_tokens or None]
@@ -158,7 +161,7 @@ class BLM(ComparedModel):
     def story_bits(self, stories: list[str]) -> np.ndarray:
         return _in_parts(self, stories, lambda encoded: story_bits(self.model, encoded, self.seq_len, self.device))
 
-    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         rows = torch.stack(list(sample_tokens(self.model, prompts, sampling, self.end, numbers)), 1).tolist()
         shortest = min(map(len, prompts))
         return [row[len(prompt) - shortest :] for prompt, row in zip(prompts, rows, strict=True)]
@@ -210,7 +213,7 @@ class TransformersModel(ComparedModel):
         return _in_parts(self, stories, lambda encoded: story_bits(logits_of, encoded, self.seq_len, self.device, 2048))
 
     @torch.no_grad()
-    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int] | None = None) -> list[list[int]]:
+    def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         """Prompts stand to the right of a masked padding; the longest of a batch leaves the room that all have."""
         longest = max(map(len, prompts))
         tokens = torch.full((len(prompts), longest), self.end)
@@ -221,7 +224,7 @@ class TransformersModel(ComparedModel):
         tokens, mask = tokens.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         room = self.seq_len - longest
-        uniform = uniforms(prompts, numbers or sample_numbers(prompts), sampling.seed, room).to(self.device)
+        uniform = uniforms(prompts, numbers, sampling.seed, room).to(self.device)
         cache, drawn = None, []
         ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
         for step in range(min(sampling.max_tokens or room, room)):
@@ -237,52 +240,6 @@ class TransformersModel(ComparedModel):
             tokens, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(tokens)], 1)
         return torch.stack(drawn, 1).tolist()
-
-
-class Recorded:
-    """Completions that a model gave elsewhere: rated and measured as they are, never scored."""
-
-    def __init__(self, path: str | Path = "", model: str = ""):
-        """The completions of `model` in a JSON-lines file (default: `BLM_RECORDED`); it may be left out where only one wrote.
-
-        Raises UnavailableError, or RecordingError naming a broken line.
-        """
-        self.records = recorded(path)
-        names = sorted({str(record.get("model", "not stated")) for record in self.records})
-        if model:
-            self.records = [record for record in self.records if record.get("model") == model]
-        if not self.records or (len(names) > 1 and not model):
-            raise UnavailableError(f"{path or 'BLM_RECORDED'} holds completions of {names or 'no model'}; name one of them.")
-        self.name = model or names[0]
-        self.revision = ", ".join(sorted({str(record.get("revision", "not stated")) for record in self.records}))
-        self._of: dict[str, list[Completion]] = {}
-        for record in self.records:
-            completion = Completion(record["completion"], record.get("tokens", 0), record.get("stopped", "not stated"))
-            self._of.setdefault(record["prompt"], []).append(completion)
-
-    @property
-    def prompts(self) -> list[str]:
-        """The prompts that were answered, each once."""
-        return list(self._of)
-
-    def complete(self, prompts: list[str], sampling: Sampling | None = None, n: int = 1) -> list[list[Completion]]:
-        """The first `n` recorded completions of each prompt, whatever `sampling`: the file says how they were drawn.
-
-        Raises UnavailableError where a prompt was not answered that often.
-        """
-        for prompt in prompts:
-            have = len(self._of.get(prompt, []))
-            if have < n:
-                raise UnavailableError(f"{have} of {n} completions of {prompt[:40]!r} … by {self.name} were recorded.")
-        return [self._of[prompt][:n] for prompt in prompts]
-
-    def story_bits(self, stories: list[str]) -> np.ndarray:
-        raise UnavailableError(
-            f"{self.name} is here as recorded text, which can be rated and measured but not scored: load its weights instead."
-        )
-
-    def logprob(self, prompts: list[str], continuations: list[str]) -> np.ndarray:
-        return self.story_bits([])
 
 
 def load(name: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> ComparedModel:
@@ -320,28 +277,13 @@ def random_gpt2(architecture: dict, dtype: torch.dtype = torch.float32, device: 
     return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device, dtype)
 
 
-def recorded(path: str | Path = "") -> list[dict]:
-    """Completions recorded as JSON lines with `prompt` and `completion` (default: the file `BLM_RECORDED`).
-
-    Records without both, such as whole texts, are left out. Raises UnavailableError, or RecordingError naming a broken line.
-    """
-    path = str(path) or os.environ.get("BLM_RECORDED", "")
-    if not Path(path).is_file():
-        raise UnavailableError(
-            f"no recorded completions ({path or 'BLM_RECORDED is not set'}). Set BLM_RECORDED to a JSON-lines file with "
-            "`prompt` and `completion`."
-        )
-    records = read_lines(Path(path))
-    return [record for record in records if record.get("prompt") and record.get("completion") is not None]
-
-
 def record(
     model: ComparedModel, prompts: list[Prompt], out: Path, sampling: Sampling = SAMPLING, samples: int = 3
 ) -> list[dict]:
     """Completions 0 … samples - 1 of each prompt, read from `out` where it has them, else sampled and added to it.
 
-    One JSON line each: id, group, prompt, sample, completion, tokens, stopped, model, revision, dtype, sampling, seed (of
-    its batch), seconds (its share of the batch), device, time, versions. Written batch by batch, so that a break costs one
+    One JSON line each: id, group, prompt, sample, completion, tokens, stopped, model, revision, dtype, sampling,
+    seconds (its share of the batch), device, time, versions. Written batch by batch, so that a break costs one
     batch at most. Raises RecordingError where `out` was made with other settings or other prompts of the same name, and
     ValueError before anything is sampled where prompts leave no room in the context.
     """
@@ -361,18 +303,15 @@ def record(
     with tqdm(total=len(work), desc=f"recording {model.name}", unit="completion", disable=not work) as bar:
         for start in range(0, len(work), model.batch_size):
             batch = work[start : start + model.batch_size]
-            first, number = batch[0]
-            digest = hashlib.sha256(f"{sampling.seed} {first.id} {number}".encode()).digest()
-            seed = int.from_bytes(digest[:4], "big")  # another one for every batch, also after a break
             began = time.perf_counter()
-            completions = model.complete([prompt.text for prompt, _ in batch], replace(sampling, seed=seed))
+            completions = model.complete([prompt.text for prompt, _ in batch], sampling, [number for _, number in batch])
             seconds = (time.perf_counter() - began) / len(batch)
             lines = [
                 {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
                 | {"completion": completion.text, "tokens": completion.tokens, "stopped": completion.stopped}
-                | {**settings, "seed": seed, "seconds": round(seconds, 4), "device": model.device.type}
+                | {**settings, "seconds": round(seconds, 4), "device": model.device.type}
                 | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
-                for (prompt, sample), (completion,) in zip(batch, completions, strict=True)
+                for (prompt, sample), completion in zip(batch, completions, strict=True)
             ]
             append_lines(out, lines)
             done |= {(line["id"], line["sample"]): line for line in lines}
@@ -400,48 +339,15 @@ def score_stories(model: ComparedModel, stories: list[str], out: Path) -> np.nda
     return np.array([done[story_id(story)] for story in stories])
 
 
-def scored_elsewhere(path: Path, stories: list[str]) -> tuple[np.ndarray, list[int], str]:
-    """Bits that `score_stories` left in `path`, the indices of the `stories` that they belong to, and the model's name.
-
-    Raises UnavailableError where the file is missing or knows none of the stories.
-    """
-    lines = read_lines(Path(path)) if Path(path).is_file() else []
-    done = {line["story"]: line["bits"] for line in lines}
-    known = [i for i, story in enumerate(stories) if story_id(story) in done]
-    if not known:
-        raise UnavailableError(f"{path} holds the bits of none of these {len(stories)} stories. Run the command `score`.")
-    return np.array([done[story_id(stories[i])] for i in known]), known, lines[0]["model"]
-
-
 def story_id(story: str) -> str:
     """A hash of the exact text."""
     return hashlib.sha256(story.encode()).hexdigest()[:16]
 
 
-def bits_line(stories: list[str], ours: ArrayLike, theirs: ArrayLike | None = None) -> dict:
-    """Line 1: bits per byte of both models on the same stories, scored alone, with 95 % bootstrap intervals over stories.
-
-    `ours` and `theirs` are bits per story (n,). Without `theirs` the verdict is "not run". `wins` is the share of stories on
-    which ours needs fewer bits; a tie counts as half.
-    """
-    sizes = np.array([len(story.encode()) for story in stories])
-    ours = np.asarray(ours, dtype=np.float64)
-    line = {"stories": len(stories), "bytes": int(sizes.sum()), "ours": ratio_interval(ours, sizes)}
-    if theirs is None:
-        return line | {"theirs": None, "difference": None, "wins": None, "verdict": "not run"}
-    theirs = np.asarray(theirs, dtype=np.float64)
-    difference = paired_interval(ours, theirs, sizes)
-    return line | {
-        "theirs": ratio_interval(theirs, sizes),
-        "difference": difference,
-        "wins": mean_interval((ours < theirs) + 0.5 * (ours == theirs)),
-        "verdict": verdict(difference.low, difference.high, better="lower"),
-    }
-
-
-def published_bits_per_character() -> float:
-    """GPT2-XL's published perplexity per token as bits per character: a rough mark, its text was lower-cased and joined."""
-    return math.log2(PUBLISHED["perplexity"]) * PUBLISHED["tokens"] / PUBLISHED["characters"]
+def published_bits() -> tuple[float, float]:
+    """GPT2-XL's two published marks in bits per byte; the second is an upper bound, by Jensen's inequality."""
+    per_token = PUBLISHED["tokens"] / PUBLISHED["characters"]
+    return math.log2(PUBLISHED["perplexity"]) * per_token, math.log2(PUBLISHED["mean_perplexity"]) * per_token
 
 
 def _in_parts(model: ComparedModel, stories: list[str], bits_of) -> np.ndarray:
@@ -470,3 +376,135 @@ def _weights_hash(folder: Path) -> str:
     """A name for the weights in a local folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     return hashlib.sha256("".join(sha256(path) for path in weights).encode()).hexdigest()[:16]
+
+
+# ---- Files that are continued after a break
+
+
+class RecordingError(ValueError):
+    """A file of recorded results that is broken, or that was made with other settings."""
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The records of a JSON-lines file. Raises RecordingError naming a broken line."""
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            records.append(json.loads(line))
+        except ValueError as error:
+            raise RecordingError(f"{path}, line {number} is not valid JSON ({error}); was the file cut off?") from error
+        if not isinstance(records[-1], dict):
+            raise RecordingError(f"{path}, line {number} is not a record but {line[:40]!r}.")
+    return records
+
+
+def append_lines(path: Path, lines: list[dict]) -> None:
+    """Add records to a JSON-lines file, on the disk before this returns."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8", newline="\n") as file:
+        file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def resume(path: Path, settings: dict, needed: tuple[str, ...]) -> list[dict]:
+    """The records of a JSON-lines file that is to be continued; none where there is no file yet.
+
+    What stands behind the last newline is the half of a record that a break left: it is cut off with a warning, and made
+    again. Raises RecordingError for a broken line elsewhere, a record without the fields `needed`, and a setting that
+    differs from `settings`, by name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return []
+    raw = path.read_bytes()
+    whole = raw.rfind(b"\n") + 1
+    if whole < len(raw):
+        warnings.warn(
+            f"{path} ended in {len(raw) - whole} bytes of a half-written record; they were cut off and will be made again.",
+            stacklevel=3,
+        )
+        with open(path, "r+b") as file:
+            file.truncate(whole)
+    records = read_lines(path)
+    for number, line in enumerate(records, 1):
+        lacking = [name for name in needed if name not in line]
+        if lacking:
+            raise RecordingError(f"{path}, record {number} has no {', '.join(lacking)}: it was not recorded by this command.")
+        found, wanted = _flat({name: line.get(name) for name in settings}), _flat(settings)
+        for name in wanted | found:
+            if found.get(name) != wanted.get(name):
+                raise RecordingError(
+                    f"{path} was recorded with {name} = {found.get(name)!r}, now it is {wanted.get(name)!r}. "
+                    "Name another file, or use the same settings."
+                )
+    return records
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ["torch", "numpy", "sentencepiece"] + ["transformers"] * ("transformers" in sys.modules)
+    return {"blm_core": __version__, "python": sys.version.split()[0], **{name: version(name) for name in packages}}
+
+
+def _flat(settings: dict, before: str = "") -> dict:
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
+    return flat
+
+
+# ---- Prompts
+
+OWN = Path(__file__).with_name("prompts.json")
+AUTHORS_URL = HUB + "Evaluation%20prompts.yaml"
+
+
+class PromptError(ValueError):
+    """A file of prompts that cannot be read as one."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A beginning, its name, and what kind of beginning it is."""
+
+    id: str
+    group: str
+    text: str
+
+
+def read_prompts(source: str | Path = "own") -> list[Prompt]:
+    """The prompts of `source`: "own", "authors", or a file (.json as ours, .jsonl of recorded completions, .yaml as theirs).
+
+    The same text is kept once. Raises PromptError for a file that holds anything else, DownloadError for the network.
+    """
+    if source == "own":
+        path = OWN
+    elif source == "authors":
+        folder = build() / "prompts"
+        path = fetch(os.environ.get("BLM_AUTHORS_PROMPTS") or AUTHORS_URL, folder, "BLM_AUTHORS_PROMPTS")
+    else:
+        path = Path(source)
+    import yaml
+
+    raw = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix in (".yaml", ".yml"):
+            found = [
+                {"id": f"authors-{number:02d}", "group": "story", "prompt": text}
+                for number, text in enumerate(yaml.safe_load(raw), 1)
+            ]
+        elif path.suffix == ".jsonl":
+            found = [record for record in map(json.loads, raw.splitlines()) if record.get("prompt")]
+        else:
+            found = json.loads(raw)
+        prompts = [Prompt(str(r["id"]), r.get("group") or r["kind"], r["prompt"]) for r in found]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PromptError(f"{path} cannot be read as prompts, each with id, group and prompt: {error!r}") from error
+    unique = list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]
+    if not unique or len({prompt.id for prompt in unique}) < len(unique) or not all(prompt.text.strip() for prompt in unique):
+        raise PromptError(f"{path} holds {len(unique)} prompts; there must be some, none empty, each with an id of its own.")
+    return unique

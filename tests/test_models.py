@@ -1,5 +1,6 @@
+"""Models under comparison: one interface for ours and those of transformers, recordings that go on after a break."""
+
 import json
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,26 +11,25 @@ import torch
 from tiny_models import save_blm, save_gpt2
 
 from blm_core import config
-from blm_core.evidence import compare
-from blm_core.evidence.compare import (
+from blm_core.evidence.models import (
     BLM,
-    Recorded,
+    Prompt,
+    PromptError,
+    RecordingError,
     TransformersModel,
     UnavailableError,
-    bits_line,
     load,
     opponent,
+    published_bits,
+    read_prompts,
     record,
     score_stories,
-    scored_elsewhere,
 )
-from blm_core.evidence.prompts import Prompt
-from blm_core.evidence.recording import RecordingError
 from blm_core.generate import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
 SHORT = Sampling(temperature=1.0, top_p=0.9, max_tokens=6, seed=3)
-PROMPTS = [Prompt("one", "story", "the fox"), Prompt("two", "factual", "a hen went to the hill", ("hill",))]
+PROMPTS = [Prompt("one", "story", "the fox"), Prompt("two", "factual", "a hen went to the hill")]
 STORIES = ["the fox saw the hen.", "a hen went to the hill. the fox saw it.", "Grün ist der Hügel."]
 
 
@@ -88,16 +88,6 @@ def test_a_continuation_in_two_pieces_costs_what_it_costs_in_one(model):
     assert pieces.sum() == pytest.approx(whole[0], abs=1e-3)
 
 
-def test_logprobs_do_not_depend_on_what_else_is_asked(model):
-    together = model.logprob(["the fox", "a hen", "the fox"], [" saw it.", " went to the hill. the fox saw it.", " went"])
-    alone = [model.logprob([p], [c])[0] for p, c in (("the fox", " saw it."), ("the fox", " went"))]
-    assert together[[0, 2]] == pytest.approx(alone, abs=1e-4)
-
-
-def test_an_empty_prompt_leaves_the_logprob_of_the_text(model):
-    assert model.logprob([""], [STORIES[0]]) == pytest.approx(-model.story_bits(STORIES[:1]) * math.log(2))
-
-
 def test_a_text_beyond_the_context_is_refused_and_not_cut(model):
     prompt = ""
     while model.fits(prompt + " a"):
@@ -113,18 +103,11 @@ def test_a_prompt_that_leaves_no_room_is_refused(model):
         model.complete(["the fox", prompt], GREEDY)
 
 
-def test_prompts_too_long_are_named_before_anything_is_recorded(model, tmp_path):
-    prompts = [*PROMPTS, Prompt("endless", "story", " a" * 200)]
-    with pytest.raises(ValueError, match=r"1 of 3 prompts leave no room .*: endless"):
-        record(model, prompts, tmp_path / "out.jsonl", SHORT)
-    assert not (tmp_path / "out.jsonl").exists()
-
-
 def test_a_prompt_is_completed_alike_alone_and_in_a_batch_of_longer_ones(model):
     prompts = ["the", "a hen went to the hill. the fox saw", "the fox saw the hen"]
     together = model.complete(prompts, GREEDY)
     assert together == [model.complete([prompt], GREEDY)[0] for prompt in prompts]
-    assert len({row[0].text for row in together}) == 3
+    assert len({each.text for each in together}) == 3
 
 
 def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses(gpt2):
@@ -132,7 +115,7 @@ def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses(gpt2):
     theirs = gpt2.model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=0
     )
-    assert gpt2.draw(tokens.tolist(), GREEDY)[0] == theirs[0, tokens.shape[1] :].tolist()
+    assert gpt2.draw(tokens.tolist(), GREEDY, [0])[0] == theirs[0, tokens.shape[1] :].tolist()
 
 
 def test_both_models_sample_by_the_same_rules(model):
@@ -142,28 +125,14 @@ def test_both_models_sample_by_the_same_rules(model):
     assert model.complete(["the fox"], Sampling(1.0, 0, 1.0, 12, seed=5)) != likeliest
 
 
-def test_several_completions_of_a_prompt_differ_and_a_seed_repeats_them(model):
-    first = model.complete(["the fox", "a hen"], replace(SHORT, top_p=1.0), n=20)
-    assert [len(row) for row in first] == [20, 20]
-    assert len({completion.text for row in first for completion in row}) > 20
-    assert model.complete(["the fox", "a hen"], replace(SHORT, top_p=1.0), n=20) == first
-
-
 def test_a_completion_says_what_ended_it(model):
-    (limited,) = model.complete(["the fox"], replace(GREEDY, max_tokens=3))[0]
+    (limited,) = model.complete(["the fox"], replace(GREEDY, max_tokens=3))
     assert (limited.tokens, limited.stopped) == (3, "max_tokens")
     hot = Sampling(temperature=3.0, top_p=1.0, max_tokens=0)
-    completions = model.complete(["the fox"], hot, n=48)[0]
+    completions = model.complete(["the fox"] * 48, hot)
     assert {completion.stopped for completion in completions} == {"end of text", "context"}
     room = model.seq_len - len(model.encode("the fox"))
     assert all((completion.tokens == room) == (completion.stopped == "context") for completion in completions)
-
-
-def test_half_precision_scores_nearly_the_same(gpt2_folder, gpt2):
-    half = TransformersModel(str(gpt2_folder), "cpu", torch.bfloat16)
-    assert half.dtype == "bfloat16"
-    assert half.story_bits(STORIES) == pytest.approx(gpt2.story_bits(STORIES), rel=0.05)
-    assert half.complete(["the fox"], GREEDY)[0][0].tokens == 12
 
 
 def test_a_model_is_named_by_its_weights_and_not_by_its_place(gpt2, blm, gpt2_folder, blm_folder, tmp_path):
@@ -177,11 +146,6 @@ def test_a_model_is_named_by_its_weights_and_not_by_its_place(gpt2, blm, gpt2_fo
     assert blm.revision != gpt2.revision
 
 
-def test_load_knows_a_blm_from_a_model_of_transformers(gpt2_folder, blm_folder):
-    assert isinstance(load(blm_folder), BLM)
-    assert isinstance(load(gpt2_folder), TransformersModel)
-
-
 def test_a_model_that_is_not_there_is_refused_with_the_way_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UnavailableError, match="BLM_GPT2XL"):
@@ -190,13 +154,8 @@ def test_a_model_that_is_not_there_is_refused_with_the_way_to_get_it(tmp_path, m
         opponent(config.load("smoke"))
 
 
-def test_the_opponent_is_the_model_that_the_environment_names(gpt2_folder, monkeypatch):
-    monkeypatch.setenv("BLM_GPT2XL", str(gpt2_folder))
-    assert opponent(config.load("smoke")).name == "gpt2-tiny"
-
-
 def test_transformers_is_not_imported_before_a_model_of_it_is_loaded():
-    code = "import sys, blm_core.compare, blm_core.endings, blm_core.cost; sys.exit('transformers' in sys.modules)"
+    code = "import sys, blm_core.evidence.models, blm_core.evidence.text; sys.exit('transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 
@@ -210,9 +169,8 @@ def test_a_recording_says_all_that_is_needed_to_make_it_again(model, tmp_path):
     assert first["revision"] == model.revision
     assert first["seconds"] > 0
     assert {"blm_core", "torch", "numpy"} <= set(first["versions"])
-    batch = [prompt.text for prompt in PROMPTS for _ in range(2)]
-    again = model.complete(batch, replace(SHORT, seed=first["seed"]))
-    assert [completion.text for (completion,) in again] == [line["completion"] for line in lines]
+    (again,) = model.complete([lines[3]["prompt"]], SHORT, [lines[3]["sample"]])
+    assert again.text == lines[3]["completion"]
 
 
 def test_nothing_is_recorded_twice(model, tmp_path):
@@ -257,12 +215,6 @@ def test_a_recording_with_other_settings_is_refused_by_name(gpt2, tmp_path, samp
     assert (tmp_path / "out.jsonl").read_bytes() == before
 
 
-def test_a_recording_of_another_model_is_refused_by_name(gpt2, blm, tmp_path):
-    record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
-    with pytest.raises(RecordingError, match="model = 'gpt2-tiny', now it is 'BLM'"):
-        record(blm, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
-
-
 def test_another_prompt_under_a_recorded_id_is_refused(gpt2, tmp_path):
     record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
     with pytest.raises(RecordingError, match="another prompt under the id one"):
@@ -278,84 +230,32 @@ def test_a_line_broken_in_the_middle_is_refused_by_number(gpt2, tmp_path):
         record(gpt2, PROMPTS, out, SHORT, samples=1)
 
 
-def test_recorded_text_answers_with_what_was_recorded(gpt2, tmp_path):
-    lines = record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=2)
-    found = Recorded(tmp_path / "out.jsonl")
-    assert (found.name, found.revision, found.prompts) == (gpt2.name, gpt2.revision, [prompt.text for prompt in PROMPTS])
-    answers = found.complete([PROMPTS[1].text], n=2)
-    assert [completion.text for completion in answers[0]] == [line["completion"] for line in lines[2:]]
-    with pytest.raises(UnavailableError, match="2 of 3 completions"):
-        found.complete([PROMPTS[1].text], n=3)
-
-
-def test_recorded_text_cannot_be_scored(tmp_path, gpt2):
-    record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
-    found = Recorded(tmp_path / "out.jsonl")
-    with pytest.raises(UnavailableError, match="not scored"):
-        found.story_bits(STORIES)
-    with pytest.raises(UnavailableError, match="not scored"):
-        found.logprob(["the"], [" fox"])
-
-
-def test_a_file_of_several_models_asks_which(tmp_path):
-    path = tmp_path / "two.jsonl"
-    records = [{"prompt": "the", "completion": f" {name}", "model": name} for name in ("hen", "fox")]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records) + '{"text": "no prompt"}\n')
-    with pytest.raises(UnavailableError, match=r"\['fox', 'hen'\]; name one"):
-        Recorded(path)
-    assert Recorded(path, "fox").complete(["the"])[0][0].text == " fox"
-
-
-def test_a_recording_that_is_missing_or_cut_is_refused(tmp_path):
-    with pytest.raises(UnavailableError, match="BLM_RECORDED"):
-        Recorded()
-    (tmp_path / "cut.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", "comp')
-    with pytest.raises(RecordingError, match="line 2 is not valid JSON"):
-        Recorded(tmp_path / "cut.jsonl")
-
-
 def test_scores_are_kept_without_the_text_and_never_made_twice(gpt2, tmp_path):
     out = tmp_path / "bits.jsonl"
-    first = score_stories(gpt2, STORIES[:2], out)
+    score_stories(gpt2, STORIES[:2], out)
     before = out.read_text()
     assert score_stories(gpt2, STORIES, out) == pytest.approx(gpt2.story_bits(STORIES), abs=1e-4)
     assert out.read_text().startswith(before)
     assert "fox" not in out.read_text()
     assert json.loads(out.read_text().splitlines()[2])["bytes"] == len(STORIES[2].encode())
-    bits, known, name = scored_elsewhere(out, ["unknown", STORIES[1], STORIES[0]])
-    assert (known, name) == ([1, 2], "gpt2-tiny")
-    assert bits.tolist() == first[::-1].tolist()
 
 
-def test_scores_of_another_model_or_of_no_story_are_refused(gpt2, blm, tmp_path):
-    score_stories(gpt2, STORIES[:1], tmp_path / "bits.jsonl")
-    with pytest.raises(RecordingError, match="model"):
-        score_stories(blm, STORIES, tmp_path / "bits.jsonl")
-    with pytest.raises(UnavailableError, match="none of these 1 stories"):
-        scored_elsewhere(tmp_path / "bits.jsonl", ["unknown"])
-    with pytest.raises(UnavailableError, match="none of these 1 stories"):
-        scored_elsewhere(tmp_path / "missing.jsonl", ["unknown"])
+def test_the_published_perplexities_are_so_many_bits_per_byte():
+    assert published_bits() == pytest.approx((0.592, 0.676), abs=6e-4)
 
 
-def test_bits_per_byte_count_bytes_and_not_characters():
-    line = bits_line(["abcd", "üü"], [4, 4], [8, 16])  # four bytes each
-    assert (line["bytes"], line["ours"].value, line["theirs"].value) == (8, 1.0, 3.0)
-    assert line["difference"].value == -2.0
-    assert line["wins"] == (1.0, 1.0, 1.0)
-    assert line["verdict"] == "wins"
+@pytest.mark.parametrize(("source", "number"), [("own", 66), ("authors", 2), ("recorded", 1)])
+def test_prompts_are_our_own_the_authors_or_those_of_recorded_completions(source, number, tmp_path, monkeypatch):
+    (tmp_path / "theirs.yaml").write_text("---\n- |-\n  A goose went\n- A hen went\n")
+    monkeypatch.setenv("BLM_AUTHORS_PROMPTS", str(tmp_path / "theirs.yaml"))
+    lines = [{"id": i, "kind": "story", "prompt": "A goose", "completion": ""} for i in "ab"] + [{"id": "c", "text": "A hen."}]
+    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    prompts = read_prompts(tmp_path / "recorded.jsonl" if source == "recorded" else source)
+    assert len({prompt.text for prompt in prompts}) == len(prompts) == number
 
 
-def test_a_model_that_needs_more_bits_loses_and_ties_count_half():
-    line = bits_line(["abcd"] * 3, [8, 8, 4], [4, 4, 4])
-    assert line["wins"].value == pytest.approx(1 / 6)
-    assert bits_line(["abcd"] * 9, [8] * 9, [4, 5, 6] * 3)["verdict"] == "loses"
-    assert line["verdict"] == "undecided"
-
-
-def test_without_an_opponent_the_line_was_not_run():
-    line = bits_line(STORIES, [10, 20, 30])
-    assert (line["verdict"], line["theirs"], line["wins"]) == ("not run", None, None)
-
-
-def test_the_published_perplexity_is_so_many_bits_per_character():
-    assert compare.published_bits_per_character() == pytest.approx(0.592, abs=0.0006)
+@pytest.mark.parametrize("content", ["not json", "[]", '[{"id": 1}]', '[{"id": 1, "group": "story", "prompt": " "}]', "{}"])
+def test_a_file_that_holds_no_prompts_is_refused_by_name(tmp_path, content):
+    (tmp_path / "mine.json").write_text(content)
+    with pytest.raises(PromptError, match=r"mine\.json"):
+        read_prompts(tmp_path / "mine.json")
