@@ -696,5 +696,5 @@ def earlier_by_kind(evidence: Path, other: str = "gpt2-xl") -> dict[str, dict]:
             "ties": points.count(0.5),
             "losses": points.count(0.0),
         }
-        found[kind]["rate"] = _mean([float(np.mean(own)) for own in prompts.values()])
+        found[kind]["rate"] = _mean([float(np.mean(prompts[prompt])) for prompt in sorted(prompts)])
     return found
