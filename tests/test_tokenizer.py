@@ -43,18 +43,10 @@ def test_any_text_survives_encoding_and_decoding_and_never_yields_the_end_of_tex
     assert all(0 <= token < len(learned) for token in tokens)
 
 
-def test_pieces_shorten_the_text_they_were_learned_from(learned):
-    assert len(learned.encode(STORIES[0])) < 0.9 * len(STORIES[0])
-
-
 def test_a_newline_is_always_one_piece_of_its_own(learned):
     newline = learned.encode("\n")
     assert len(newline) == 1
     assert learned.encode("kite\n\nboat").count(newline[0]) == 2
-
-
-def test_digits_are_never_joined(learned):
-    assert len(learned.encode("121212")) == 6
 
 
 def test_the_end_of_text_is_silent_when_decoded(learned):
@@ -99,7 +91,7 @@ def test_a_sweep_leaves_out_what_few_stories_cannot_yield_and_says_why(tmp_path,
     assert left_out[280] == "at least 291 pieces"
     most = int(re.fullmatch("at most (\\d+) pieces", left_out[32_768])[1])
     assert len(train(STORIES, tmp_path / "most.model", most, model_type)) == most
-    with pytest.raises(TokenizerError, match=r"no story|300 pieces"):
+    with pytest.raises(TokenizerError, match="300 pieces"):
         sweep([], (300,), tmp_path)
 
 

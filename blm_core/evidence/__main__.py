@@ -37,11 +37,11 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
 
-    plan = command("plan", _plan, "What models of several sizes cost to train on an A100, and which fit a budget.")
-    plan.add_argument("--bench", type=Path, help="benchmark of an accelerator (default: that in runs/bench, else assumed)")
-    plan.add_argument("--hours-budget", type=float, default=15.0)
-    plan.add_argument("--price-per-hour", type=float, default=2.0)
-    plan.add_argument("--watts", type=float, default=400.0)
+    rehearse = command("rehearse", _rehearse, "Ten minutes on the device that decide a long run, and its plan.", preset=True)
+    rehearse.add_argument("--device", default="auto")
+    rehearse.add_argument("--steps", type=int, default=200, help="of each of three learning rates")
+    rehearse.add_argument("--price-per-hour", type=float, default=2.0)
+    rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
 
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
     record.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--stories", type=int, help="only the first so many")
     score.add_argument("--out", type=Path, required=True)
 
-    cost = command("cost", _cost, "Measure memory, speed and energy of a model and its opponent, minutes with GPT2-XL.")
+    cost = command("cost", _cost, "Measure size, memory and speed of a model and its opponent by turns; minutes with GPT2-XL.")
     cost.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")
     cost.add_argument("--opponent", help="folder or hub name for transformers (default: BLM_GPT2XL, else gpt2-xl)")
     cost.add_argument("--random", action="store_true", help="the opponent's architecture with random weights")
@@ -92,10 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _study(args) -> None:
-    from blm_core.evidence import study
+    from blm_core.evidence import studies
 
-    for name in args.names or [each.name for each in study.STUDIES]:
-        study.run(study.find(name))
+    for name in args.names or [each.name for each in studies.STUDIES]:
+        studies.run(studies.find(name))
 
 
 def _variables(args) -> None:
@@ -118,23 +118,21 @@ def _export(args) -> None:
 
 
 def _bench(args) -> None:
-    from blm_core.evidence import bench
-    from blm_core.evidence.bench_training import QUICK
+    from blm_core.evidence import speed
 
     names = args.presets.split(",") if args.presets else None
-    result = bench.bench(names, args.device, QUICK if args.quick else None)
-    path = bench.save(result, args.out)
-    print(bench.tables(result))
+    result = speed.bench(names, args.device, speed.QUICK if args.quick else None)
+    path = speed.save(result, args.out)
+    print(speed.tables(result))
     print(f"\nwritten to {path}")
 
 
-def _plan(args) -> None:
-    from blm_core.evidence import plan, publish
+def _rehearse(args) -> None:
+    from blm_core.evidence import rehearsal, speed
 
-    budget = plan.Budget(args.hours_budget, args.price_per_hour, args.watts)
-    speed = plan.read_speed(args.bench) if args.bench else plan.find_speed()
-    print(publish.markdown_table(*plan.plan_table(plan.plan(speed, budget))))
-    print(f"\n{plan.plan_note(speed, budget)}")
+    result = rehearsal.rehearse(preset_of(args), args.device, args.steps)
+    print(rehearsal.plan(result, args.price_per_hour))
+    print(f"\nwritten to {speed.save(result, args.out)}")
 
 
 def _record(args) -> None:
@@ -169,8 +167,8 @@ def _score(args) -> None:
 
 
 def _cost(args) -> None:
-    from blm_core.evidence.cost import CostSettings, cost_table, measure_cost
     from blm_core.evidence.publish import markdown_table
+    from blm_core.evidence.speed import CostSettings, cost_table, measure_cost
     from blm_core.files import write_json
 
     settings = CostSettings(

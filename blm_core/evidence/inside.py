@@ -298,31 +298,21 @@ def costs(model: LanguageModel, readings: list[Reading]) -> np.ndarray:
 
 def draw_tokens(ax, pieces: list[str], shades: np.ndarray, width: int = 84, underlined: int | None = None) -> None:
     """Write a text on matplotlib's `ax`, `width` characters a line, each token on its shade between 0 and 1."""
-    starts, line, column = [], 0, 0
-    text = "".join(pieces)
-    at = np.cumsum([0, *map(len, pieces)])
-    for i, piece in enumerate(pieces):
-        rest = re.match(r"\s?[^\s]*", text[at[i] :])[0]  # to the end of the word
+    line, column, text, places = 0, 0, "".join(pieces), []
+    for at, piece in zip(np.cumsum([0, *map(len, pieces)]), pieces, strict=False):
+        rest = re.match(r"\s?[^\s]*", text[at:])[0]  # to the end of the word
         if piece.startswith("\n") or (column + len(rest) > width and piece.startswith(" ")):
             line, column = line + 1, -1  # the space or newline itself falls off the edge
-        starts.append((line, column))
+        places.append((line, column))
         column += len(piece)
     grid = np.zeros((line + 1, width))
-    for (row, first), piece, shade in zip(starts, pieces, shades, strict=True):
-        grid[row, max(first, 0) : first + len(piece)] = shade
-    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, width, line + 1, 0))
-    for i, ((row, first), piece, shade) in enumerate(zip(starts, pieces, shades, strict=True)):
-        style = {"color": "white" if shade > 0.6 else "black", "weight": "bold" if i == underlined else "normal"}
-        ax.text(
-            max(first, 0),
-            row + 0.5,
-            piece[first < 0 :],
-            family="monospace",
-            fontsize=8.5,
-            va="center",
-            parse_math=False,
-            **style,
-        )
+    write = {"family": "monospace", "fontsize": 8.5, "va": "center", "parse_math": False}
+    for i, ((row, first), piece, shade) in enumerate(zip(places, pieces, shades, strict=True)):
+        left, right = max(first, 0), first + len(piece)
+        grid[row, left:right] = shade
+        weight = "bold" if i == underlined else "normal"
+        ax.text(left, row + 0.5, piece[first < 0 :], color="white" if shade > 0.6 else "black", weight=weight, **write)
         if i == underlined:
-            ax.plot([max(first, 0), first + len(piece)], [row + 0.95] * 2, color="C1", linewidth=2, linestyle="-")
+            ax.plot([left, right], [row + 0.95] * 2, color="C1", linewidth=2, linestyle="-")
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, width, line + 1, 0))
     ax.axis("off")

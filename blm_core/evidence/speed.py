@@ -427,7 +427,7 @@ def training_table(result: dict) -> tuple[tuple, list[tuple]]:
 def ratio_table(result: dict) -> tuple[tuple, list[tuple]]:
     """Header and rows of what was measured by turns: median, and in brackets the lowest and the highest."""
     rows = []
-    for row in result["ratios"]:
+    for row in (row for row in result["ratios"] if "ratio" in row):
         a, b = (f"{row[side]['name']}: {_number(row[side]['median'])}" for side in ("a", "b"))
         rows.append((row["question"], row["unit"], a, b, _spread(row["ratio"])))
     return ("what", "unit", "A", "B", "A / B"), rows
@@ -612,7 +612,8 @@ def _loaded(spec: dict, settings: CostSettings) -> tuple[torch.nn.Module, dict]:
 
 def _bytes_per_token(encode) -> float:
     """Bytes of story text in a token, on the embedded sample."""
-    stories = [r["story"] for path in sorted((ROOT / "blm_core" / "sample").glob("*.json")) for r in read_json(path)][:100]
+    records = [record for path in sorted((ROOT / "blm_core" / "sample").glob("*.json")) for record in read_json(path)]
+    stories = [record["story"] for record in records if record.get("story")]
     return sum(len(story.encode()) for story in stories) / sum(len(encode(story)) for story in stories)
 
 

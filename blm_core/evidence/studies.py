@@ -264,6 +264,34 @@ def steps_needed(bits_per_byte: float, folder: Path = RUNS) -> float:
     return float(np.exp(np.interp(bits_per_byte, reached, np.log(steps))))
 
 
+def forest(names: list[str], folder: Path = RUNS) -> list[tuple[str, str, float]]:
+    """Study, variant and bits per byte of its best run minus those of the study's first variant, for every finished variant."""
+    rows = []
+    for study in map(find, names):
+        chosen = best(results(study, folder))
+        first = chosen.get(next(iter(study.variants)))
+        if first:
+            base = first["summary"]["validation_bits_per_byte"]
+            own = ((v, chosen[v]["summary"]["validation_bits_per_byte"] - base) for v in study.variants if v in chosen)
+            rows += [(study.name, variant, difference) for variant, difference in own]
+    return rows
+
+
+def speeds(folder: Path) -> tuple[list[dict], int]:
+    """The training lines of a run whose tokens per second can be used, and how many cannot.
+
+    In runs made before the clock was mended, a line counts the steps before an evaluation but not their time: its speed is
+    too high, up to double.
+    """
+    training, validation = train.metrics(folder)
+    evaluated, kept, before = {line["step"] for line in validation}, [], 0
+    for line in training:
+        if not any(before < step < line["step"] for step in evaluated):
+            kept.append(line)
+        before = line["step"]
+    return kept, len(training) - len(kept)
+
+
 def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
     """A row for each variant: name, bits per byte at its best learning rate, that minus the first variant's, the rate
     and those tried, TFLOPs of all its runs (the machine's load does not change them, as it does seconds)."""
@@ -286,13 +314,13 @@ def comparison(study: Study, folder: Path = RUNS) -> list[tuple[str, ...]]:
                 f"{value:.4f}",
                 _against(value, chosen.get(next(iter(study.variants))), noise),
                 rate if len(rates) == 1 else f"{rate} of {', '.join(rates)}",
-                f"{sum(_flops(run) for run in mine) / 1e12:.0f}",
+                f"{sum(flops(run) for run in mine) / 1e12:.0f}",
             )
         )
     return rows
 
 
-def _flops(run: dict) -> float:
+def flops(run: dict) -> float:
     return run["summary"].get("tokens", 0) * flops_per_token(config.ModelConfig(**run["model"]))
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from blm_core import train
 from blm_core.config import ConfigError
-from blm_core.evidence import study
-from blm_core.evidence.study import Study
+from blm_core.evidence import studies as study
+from blm_core.evidence.studies import Study
 from blm_core.files import read_json
 
 TINY = [
@@ -95,11 +95,6 @@ def test_every_study_asks_something_and_its_runs_differ(each, monkeypatch):
     assert {variant for variant, _ in each.runs} == set(each.variants)
 
 
-def test_names_of_studies_are_unique():
-    names = [each.name for each in study.STUDIES]
-    assert len(set(names)) == len(names)
-
-
 def test_a_finished_run_on_other_data_is_named_and_not_mixed_in(tmp_path):
     study.run(RATES, tmp_path)
     rms = study.results(RATES, tmp_path)[0]["folder"]
@@ -120,3 +115,22 @@ def test_steps_to_a_loss_are_read_between_the_runs_and_bounded_by_the_shortest(m
     assert 50 < study.steps_needed((at[50] + at[75]) / 2) < 75
     assert study.steps_needed(9.0) == pytest.approx(min(at))
     assert math.isnan(study.steps_needed(0.1))
+
+
+def test_differences_are_those_of_the_best_runs_from_the_first_variant_of_a_study(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLM_OVERRIDES", "")  # the committed runs, not the tiny ones
+    rows = study.forest(["optimizer", "seeds"])
+    best = study.best(study.results(study.find("optimizer")))
+    adamw = best["adamw"]["summary"]["validation_bits_per_byte"] - best["muon"]["summary"]["validation_bits_per_byte"]
+    assert rows[:2] == [("optimizer", "muon", 0.0), ("optimizer", "adamw", adamw)]
+    assert study.forest(["optimizer"], tmp_path) == []
+
+
+def test_speeds_that_leave_out_the_time_before_an_evaluation_are_not_used(tmp_path):
+    lines = [{"step": step, "loss": 1.0, "tokens_per_second": 5} for step in (10, 20, 30)]
+    lines.insert(1, {"step": 15, "validation_bits_per_byte": 1.0})
+    lines.append({"step": 30, "validation_bits_per_byte": 1.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept, left_out = study.speeds(tmp_path)
+    assert ([line["step"] for line in kept], left_out) == ([10, 30], 1)
+    assert sum(study.speeds(path.parent)[1] > 0 for path in study.RUNS.glob("*/metrics.jsonl")) > 50
