@@ -2,9 +2,8 @@
 
 Modules import in one direction only::
 
-    config -> download, clean, near, data -> tokenizer, shards -> hardware, model -> optimizer, batches -> generate,
-    export, checkpoint -> train, evaluate, pipeline -> study, scaling, bench, plan
-    -> prompts, compare -> endings, text_measures, memory, ratings, judge, cost, inside -> publish
+    config -> files, clean, near -> data -> tokenizer -> tokens -> model, optimizer, hardware -> checkpoint, generate,
+    evaluate -> train -> pipeline -> __main__; blm_core.evidence imports all of these, and none of them imports it
 
 The notebooks import these modules; nothing here imports a notebook, a plotting style or Jupyter.
 """

@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def preset_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else cpu)")
+    parser.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else what fits the machine)")
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
 
 

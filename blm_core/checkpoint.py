@@ -91,6 +91,7 @@ def tokenizer_config(seq_len: int) -> dict:
         "pad_token": END_OF_TEXT,
         "clean_up_tokenization_spaces": False,
         "model_max_length": seq_len,
+        "model_input_names": ["input_ids", "attention_mask"],  # `generate` of transformers refuses token types
     }
 
 

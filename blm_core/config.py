@@ -1,6 +1,6 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`).
+- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`), else by the machine: `a100` on a large GPU, else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
 - Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
@@ -8,15 +8,16 @@
 """
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/"
 ARCHIVE_URL = HUB + "TinyStories_all_data.tar.gz"
 VALIDATION_URL = HUB + "TinyStoriesV2-GPT4-valid.txt"
+GPU_BYTES = 39e9  # an A100 has 40 or 80 GB
 SAMPLE = "sample"  # the embedded sample, packed into an archive and then treated like any other
 
 
@@ -29,10 +30,30 @@ def _require(holds: bool, key: str, found, wanted: str) -> None:
         raise ConfigError(f"{key} = {found!r} cannot be used: it must be {wanted}.")
 
 
+def _within(config, interval: str, *names: str) -> None:
+    """Require the named values to lie in an interval such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        found = getattr(config, name)
+        above = found >= low if interval[0] == "[" else found > low
+        below = found <= high if interval[-1] == "]" else found < high
+        _require(above and below, f"{config.section}.{name}", found, f"in {interval}")
+
+
+def _one_of(config, name: str, *values: str) -> None:
+    _require(getattr(config, name) in values, f"{config.section}.{name}", getattr(config, name), " or ".join(values))
+
+
+def build() -> Path:
+    """The folder that everything is written to: `BLM_BUILD`, or `build/` where that is unset or empty."""
+    return Path(os.environ.get("BLM_BUILD") or ROOT / "build")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where stories come from and which are kept."""
 
+    section: ClassVar[str] = "data"
     archive: str = ARCHIVE_URL  # URL, local file, or "sample"
     validation_file: str = VALIDATION_URL  # official validation stories, URL or local file; "" for none
     sources: tuple[str, ...] = ()  # keep only records whose `source` is listed; empty keeps all
@@ -41,15 +62,16 @@ class DataConfig:
     near_duplicate: float = 0.5  # Jaccard similarity of 4-word shingles from which two stories count as one
 
     def __post_init__(self):
-        _require(0 < self.validation_share < 1, "data.validation_share", self.validation_share, "between 0 and 1")
-        _require(0 < self.near_duplicate <= 1, "data.near_duplicate", self.near_duplicate, "above 0, at most 1")
-        _require(self.min_characters >= 1, "data.min_characters", self.min_characters, "at least 1")
+        _within(self, "(0, 1)", "validation_share")
+        _within(self, "(0, 1]", "near_duplicate")
+        _within(self, "[1, inf)", "min_characters")
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
     """The sentencepiece vocabulary."""
 
+    section: ClassVar[str] = "tokenizer"
     vocab_size: int = 4096
     model_type: str = "bpe"
     max_stories: int = 200_000  # stories that the vocabulary is learned from
@@ -59,17 +81,18 @@ class TokenizerConfig:
     blank_line_share: float = 0.125
 
     def __post_init__(self):
-        _require(self.model_type in ("bpe", "unigram"), "tokenizer.model_type", self.model_type, "bpe or unigram")
+        _one_of(self, "model_type", "bpe", "unigram")
         for size in (self.vocab_size, *self.sweep):  # 259 = 256 bytes, unknown, end of text, newline
             _require(300 <= size <= 65_536, "tokenizer.vocab_size", size, "between 300 and 65536 (16-bit tokens)")
-        _require(self.max_stories >= 1, "tokenizer.max_stories", self.max_stories, "at least 1")
-        _require(0 <= self.blank_line_share <= 1, "tokenizer.blank_line_share", self.blank_line_share, "in [0, 1]")
+        _within(self, "[1, inf)", "max_stories")
+        _within(self, "[0, 1]", "blank_line_share")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder of the Llama family."""
 
+    section: ClassVar[str] = "model"
     vocab_size: int = 4096
     n_layers: int = 6
     d_model: int = 256
@@ -95,23 +118,22 @@ class ModelConfig:
         return self.d_model // self.n_heads
 
     def __post_init__(self):
-        for name in ("n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "seq_len", "vocab_size"):
-            _require(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
+        _within(self, "[1, inf)", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "seq_len", "vocab_size")
         _require(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of {self.d_model=}")
         _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads=}")
         _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
-        _require(0 <= self.dropout < 1, "model.dropout", self.dropout, "in [0, 1)")
-        for name in ("rope_base", "norm_eps", "init_std"):
-            _require(0 < getattr(self, name) < math.inf, f"model.{name}", getattr(self, name), "a number above 0")
-        _require(self.norm in ("rms", "layer"), "model.norm", self.norm, "rms or layer")
-        _require(self.position in ("rope", "learned"), "model.position", self.position, "rope or learned")
-        _require(self.feed_forward in ("swiglu", "gelu"), "model.feed_forward", self.feed_forward, "swiglu or gelu")
+        _within(self, "[0, 1)", "dropout")
+        _within(self, "(0, inf)", "rope_base", "norm_eps", "init_std")
+        _one_of(self, "norm", "rms", "layer")
+        _one_of(self, "position", "rope", "learned")
+        _one_of(self, "feed_forward", "swiglu", "gelu")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """One training run. Steps and tokens count the whole batch of all processes."""
 
+    section: ClassVar[str] = "train"
     seed: int = 1
     steps: int = 1000
     batch_size: int = 32  # windows of `seq_len` tokens per step
@@ -141,28 +163,19 @@ class TrainConfig:
     wandb: bool = False
 
     def __post_init__(self):
-        _require(self.schedule in ("cosine", "wsd"), "train.schedule", self.schedule, "cosine or wsd")
-        _require(self.dtype in ("auto", "bfloat16", "float32"), "train.dtype", self.dtype, "auto, bfloat16 or float32")
-        _require(self.optimizer in ("muon", "adamw"), "train.optimizer", self.optimizer, "muon or adamw")
-        _require(0 <= self.weight_average < 1, "train.weight_average", self.weight_average, "in [0, 1)")
-        _require(self.max_stories >= 0, "train.max_stories", self.max_stories, "at least 0")
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every"):
-            _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
-        _require(
-            self.batch_size % self.micro_batch_size == 0,
-            "train.micro_batch_size",
-            self.micro_batch_size,
-            f"a divisor of {self.batch_size=}",
-        )
+        _one_of(self, "schedule", "cosine", "wsd")
+        _one_of(self, "dtype", "auto", "bfloat16", "float32")
+        _one_of(self, "optimizer", "muon", "adamw")
+        _within(self, "[1, inf)", "steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every")
+        divides = self.batch_size % self.micro_batch_size == 0
+        _require(divides, "train.micro_batch_size", self.micro_batch_size, f"a divisor of {self.batch_size=}")
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
-        _require(0 < self.decay_share <= 1, "train.decay_share", self.decay_share, "above 0, at most 1")
-        _require(0 < self.learning_rate < 1, "train.learning_rate", self.learning_rate, "above 0 and below 1")
-        _require(0 <= self.final_learning_rate <= 1, "train.final_learning_rate", self.final_learning_rate, "in [0, 1]")
-        for name in ("beta1", "beta2", "momentum"):
-            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "in [0, 1)")
-        for name in ("weight_decay", "checkpoint_minutes"):
-            _require(0 <= getattr(self, name) < math.inf, f"train.{name}", getattr(self, name), "a number from 0")
-        _require(self.max_grad_norm > 0, "train.max_grad_norm", self.max_grad_norm, "above 0")
+        _within(self, "[0, 1)", "weight_average", "beta1", "beta2", "momentum")
+        _within(self, "[0, 1]", "final_learning_rate")
+        _within(self, "(0, 1)", "learning_rate")
+        _within(self, "(0, 1]", "decay_share")
+        _within(self, "[0, inf)", "max_stories", "weight_decay", "checkpoint_minutes")
+        _within(self, "(0, inf]", "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -179,12 +192,8 @@ class Preset:
 
     def __post_init__(self):
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
-        _require(
-            self.model.vocab_size == self.tokenizer.vocab_size,
-            "model.vocab_size",
-            self.model.vocab_size,
-            f"equal to tokenizer.vocab_size ({self.tokenizer.vocab_size})",
-        )
+        learned, size = self.tokenizer.vocab_size, self.model.vocab_size
+        _require(size == learned, "model.vocab_size", size, f"equal to tokenizer.vocab_size ({learned})")
 
     @property
     def tokens_per_step(self) -> int:
@@ -193,7 +202,7 @@ class Preset:
     @property
     def folder(self) -> Path:
         """Where this preset writes; ignored by git."""
-        return Path(os.environ.get("BLM_BUILD") or ROOT / "build") / self.name
+        return build() / self.name
 
 
 PRESETS = {
@@ -251,6 +260,7 @@ PRESETS = {
         model=ModelConfig(vocab_size=8192, n_layers=12, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536),
         train=TrainConfig(
             steps=20_000,
+            isolate_stories=True,
             batch_size=1024,
             micro_batch_size=128,
             learning_rate=1e-3,
@@ -314,12 +324,46 @@ def keys(preset: Preset) -> list[str]:
     return found
 
 
+def choose(named: str | None, gpu: tuple[str, int, bool] | None) -> tuple[str, str]:
+    """The preset's name and why it was taken: `named`, else by the GPU's name, bytes of memory and whether it has bfloat16."""
+    if named:
+        return named, f"BLM_PRESET is {named}"
+    if gpu is None:
+        return "smoke", "BLM_PRESET is not set and there is no GPU"
+    name, size, bfloat16 = gpu
+    found = f"BLM_PRESET is not set and the GPU is {name}, {size / 1e9:.0f} GB, {'with' if bfloat16 else 'without'} bfloat16"
+    if bfloat16 and size >= GPU_BYTES:
+        return "a100", found
+    return "smoke", f"{found}; a100 needs bfloat16 and {GPU_BYTES / 1e9:.0f} GB"
+
+
+def chosen() -> tuple[str, str]:
+    """The name of the preset that `load` takes on this machine, and why."""
+    import torch  # not above: the processes that clean stories import this module and need no PyTorch
+
+    gpu = None
+    if torch.cuda.is_available():
+        found = torch.cuda.get_device_properties(0)
+        gpu = found.name, found.total_memory, found.major >= 8  # bfloat16 in hardware: Ampere and later
+    return choose(os.environ.get("BLM_PRESET"), gpu)
+
+
+def introduce(preset: Preset) -> str:
+    """What the first cell of a notebook prints: the preset, why it was taken, and how to take another."""
+    others = ", ".join(name for name in PRESETS if name != preset.name)
+    return (
+        f"Preset {preset.name}: {chosen()[1]}.\n"
+        f"To take another ({others}), set BLM_PRESET before Jupyter starts, "
+        f"or write %env BLM_PRESET={'cpu' if preset.name != 'cpu' else 'smoke'} in a cell above this one."
+    )
+
+
 def load(name: str | None = None, overrides: list[str] | None = None) -> Preset:
-    """The preset `name` (or `BLM_PRESET`, or `cpu`) with the environment's and the given overrides applied.
+    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied.
 
     Raises ConfigError.
     """
-    name = name or os.environ.get("BLM_PRESET") or "cpu"
+    name = name or chosen()[0]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; BLM_PRESET may be one of: {', '.join(PRESETS)}")
     preset = PRESETS[name]

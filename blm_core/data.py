@@ -22,7 +22,18 @@ from tqdm import tqdm
 
 from blm_core import END_OF_TEXT, clean
 from blm_core.config import ROOT, SAMPLE, DataConfig
-from blm_core.files import ArchiveError, fetch, is_address, pack_sample, read_json, sha256, unpack, write_json, written_aside
+from blm_core.files import (
+    ArchiveError,
+    fetch,
+    found,
+    is_address,
+    pack_sample,
+    read_json_lines,
+    sha256,
+    unpack,
+    write_json,
+    write_json_lines,
+)
 from blm_core.near import NearDuplicates
 
 SAMPLE_FOLDER = ROOT / "blm_core" / "sample"
@@ -36,9 +47,8 @@ def prepare(config: DataConfig, folder: Path) -> dict:
     Raises DownloadError or ArchiveError.
     """
     folder = Path(folder)
-    made_from = _identity(config)
-    manifest = read_json(folder / "manifest.json")
-    if manifest and manifest["made_from"] == made_from:
+    made_from = _made_from(config)
+    if manifest := found(folder / "manifest.json", made_from):
         return manifest
     if config.archive == SAMPLE:
         archive = pack_sample(SAMPLE_FOLDER, folder / "sample.tar.gz")
@@ -58,13 +68,11 @@ def prepare(config: DataConfig, folder: Path) -> dict:
     keep, held_out = _plan(names, cleaned, config.validation_share, official)
     if not any(mask.any() for mask in keep):
         raise ArchiveError(f"no story of {archive} was kept; reasons: {dict(counts)}; problems: {problems[:3]}")
-    index = NearDuplicates(
-        [
-            *official,
-            *(r["story"] for n in names for r, out in zip(read_jsonl(cleaned / f"{n}.jsonl"), held_out[n], strict=True) if out),
-        ],
-        config.near_duplicate,
-    )
+    texts = list(official)
+    for name in names:
+        lines = zip(read_json_lines(cleaned / f"{name}.jsonl"), held_out[name], strict=True)
+        texts += [record["story"] for record, held in lines if held]
+    index = NearDuplicates(texts, config.near_duplicate)
 
     (folder / "manifest.json").unlink(missing_ok=True)  # only now: an archive that fails costs no earlier result
     shutil.rmtree(folder / "stories", ignore_errors=True)
@@ -75,7 +83,7 @@ def prepare(config: DataConfig, folder: Path) -> dict:
         for name, counter in result.items():
             totals.setdefault(name, Counter()).update(counter)
     if official:
-        _write_jsonl(folder / "stories" / "official.jsonl", ({"story": story} for story in official))
+        write_json_lines(folder / "stories" / "official.jsonl", ({"story": story} for story in official))
         totals["stories"]["official"] = len(official)
         totals["bytes"]["official"] = sum(len(story.encode()) for story in official)
     for drop in clean.DROPS:
@@ -125,7 +133,7 @@ def read_split(folder: Path, split: str) -> Iterator[str]:
 def read_records(folder: Path, split: str) -> Iterator[dict]:
     """The records of `split`: `story`, and where known `words`, `features`, `source`."""
     for path in split_files(folder, split):
-        yield from read_jsonl(path)
+        yield from read_json_lines(path)
 
 
 def split_files(folder: Path, split: str) -> list[Path]:
@@ -147,32 +155,30 @@ def pooled(function, items: list, what: str, initializer=None, arguments=()) -> 
         return list(tqdm(pool.map(function, items), total=len(items), desc=what, unit="shard"))
 
 
-def _identity(config: DataConfig) -> dict:
+def _made_from(config: DataConfig) -> dict:
     """What the result depends on. A local file is named by size and time: reading gigabytes to compare them is slow."""
-    identity = {"version": VERSION, **vars(config), "sources": list(config.sources)}
+    made_from = {"version": VERSION, **vars(config), "sources": list(config.sources)}
     for name in ("archive", "validation_file"):
-        if is_address(identity[name]):  # asked first: an address may be too long for a path
-            continue
-        path = Path(identity[name]).expanduser()
-        if identity[name] == SAMPLE:
-            identity[name] = {path.name: sha256(path) for path in sorted(SAMPLE_FOLDER.glob("data*.json"))}
-        elif path.is_file():
-            identity[name] = [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-    return identity
+        source = made_from[name]
+        if source == SAMPLE:
+            made_from[name] = {path.name: sha256(path) for path in sorted(SAMPLE_FOLDER.glob("data*.json"))}
+        elif not is_address(source) and (path := Path(source).expanduser()).is_file():
+            made_from[name] = [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+    return made_from
 
 
 def _clean_shard(shard: Path, config: DataConfig, folder: Path) -> dict:
     """Clean one shard into `folder/NAME.jsonl`, its stories' keys into `folder/NAME.npy`."""
     counts, problems, records, keys = Counter(), [], [], []
     try:
-        found = json.loads(shard.read_text(encoding="utf-8"))
-        if not isinstance(found, list):
-            raise ValueError(f"a list of records was expected, found {type(found).__name__}")
+        content = json.loads(shard.read_text(encoding="utf-8"))
+        if not isinstance(content, list):
+            raise ValueError(f"a list of records was expected, found {type(content).__name__}")
     except (ValueError, RecursionError) as error:
-        found = []
+        content = []
         problems.append({"shard": shard.name, "index": None, "reason": f"not valid JSON: {error}"[:200]})
-    counts["read"] = len(found)
-    for i, record in enumerate(found):
+    counts["read"] = len(content)
+    for i, record in enumerate(content):
         story = record.get("story") if isinstance(record, dict) else None
         if not isinstance(story, str):
             counts["no story"] += 1
@@ -188,7 +194,7 @@ def _clean_shard(shard: Path, config: DataConfig, folder: Path) -> dict:
                 counts.update(repairs)
                 records.append({"story": story, **_instruction(record)})
                 keys.append(clean.story_key(story))
-    _write_jsonl(folder / f"{shard.stem}.jsonl", records)
+    write_json_lines(folder / f"{shard.stem}.jsonl", records)
     np.save(folder / f"{shard.stem}.npy", np.array(keys, dtype=np.uint64))
     return {"counts": dict(counts), "problems": problems}
 
@@ -225,7 +231,7 @@ def _split_shard(work: tuple[str, np.ndarray, np.ndarray], cleaned: Path, folder
         key: Counter() for key in ("stories", "bytes", "dropped", "lengths", "features", "words_asked", "sources")
     }
     out: dict[str, list] = {"train": [], "validation": []}
-    for record, kept, held in zip(read_jsonl(cleaned / f"{name}.jsonl"), keep, held_out, strict=True):
+    for record, kept, held in zip(read_json_lines(cleaned / f"{name}.jsonl"), keep, held_out, strict=True):
         if not kept:
             counts["dropped"]["repeats another story"] += 1
             continue
@@ -241,17 +247,5 @@ def _split_shard(work: tuple[str, np.ndarray, np.ndarray], cleaned: Path, folder
         counts["words_asked"].update(map(str, record.get("words", [])))
         counts["sources"][record.get("source", "not stated")] += 1
     for split, records in out.items():
-        _write_jsonl(folder / f"{split}-{name}.jsonl", records)
+        write_json_lines(folder / f"{split}-{name}.jsonl", records)
     return counts
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
-def _write_jsonl(path: Path, records) -> None:
-    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
-        for record in records:
-            file.write(json.dumps(record) + "\n")

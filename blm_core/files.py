@@ -1,8 +1,7 @@
-"""Files that are either whole or not there: written aside, then moved into place.
+"""Files: written whole or not at all, downloaded, unpacked.
 
-Bring the story archive here: download, verify, unpack.
-
-- Downloads are streamed, resumed by HTTP range, retried with back-off and moved into place only when they are whole.
+- A file is written beside its place and moved into it, so that a reader finds the old one or the new one.
+- Downloads are streamed, resumed by HTTP range, retried with back-off, and moved into place only when they are whole.
 - Archives are untrusted: only `dataNN.json` files are taken out of them.
 """
 
@@ -17,10 +16,16 @@ import shutil
 import tarfile
 import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import requests
 from tqdm import tqdm
+
+ATTEMPTS = 6
+BACKOFF = 1.0  # seconds before the second attempt, doubled each time
+TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
+MEMBER = re.compile(r"(?:\./)?(data[0-9]+\.json)")
 
 
 @contextlib.contextmanager
@@ -52,18 +57,28 @@ def read_json(path: Path, default=None):
         return default
 
 
+def found(path: Path, made_from: dict) -> dict | None:
+    """The JSON notes in `path` if they say that they were `made_from` these inputs, else None: then it must be made again."""
+    notes = read_json(path)
+    return notes if notes and notes["made_from"] == made_from else None
+
+
+def read_json_lines(path: Path) -> Iterator[dict]:
+    """The values in a file of one JSON value a line. Raises ValueError where a line is not valid JSON."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def write_json_lines(path: Path, values) -> None:
+    with written_aside(path) as aside, open(aside, "w", encoding="utf-8") as file:
+        for value in values:
+            file.write(json.dumps(value) + "\n")
+
+
 def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-ATTEMPTS = 6
-BACKOFF = 1.0  # seconds before the second attempt, doubled each time
-TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-MEMBER = re.compile(r"(?:\./)?(data[0-9]+\.json)")
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DownloadError(RuntimeError):

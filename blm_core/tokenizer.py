@@ -5,6 +5,7 @@
 """
 
 import io
+import re
 from pathlib import Path
 
 import sentencepiece
@@ -108,3 +109,18 @@ def train(stories, path: Path, vocab_size: int, model_type: str = "bpe") -> Toke
     with written_aside(path) as aside:
         aside.write_bytes(model.getvalue())
     return Tokenizer(path)
+
+
+def sweep(stories: list[str], sizes, folder: Path, model_type: str = "bpe") -> tuple[list[Tokenizer], dict[int, str]]:
+    """Vocabularies of several sizes learned from the same stories; of those that cannot be learned, size and bound."""
+    learned, left_out = [], {}
+    for size in sizes:
+        try:
+            learned.append(train(stories, Path(folder) / f"{size}.model", size, model_type))
+        except TokenizerError as error:
+            most = re.search(r"too high.*<= (\d+)", str(error))  # sentencepiece states the bound that the size breaks
+            least = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
+            if not most and not least:
+                raise
+            left_out[size] = f"{'at most' if most else 'at least'} {int((most or least)[1]):,} pieces"
+    return learned, left_out

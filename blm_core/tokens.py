@@ -1,16 +1,19 @@
-"""Stories as 16-bit tokens on disk, read by memory map.
+"""Stories as 16-bit tokens on disk, and the training batches made from them.
 
-Each split becomes one `.bin` file a shard (uint16: the tokens of story after story, each behind its `<|endoftext|>`)
-and one `.npy` file (int64: where each story starts, and the end). `manifest.json` names inputs, tokenizer and counts,
-and is written last; what does not agree with it is made again.
+On disk, each split has for every shard
 
-Training windows of whole stories, in an order that depends on (seed, epoch) alone.
+- a `.bin` file (uint16): the tokens of story after story, each behind its `<|endoftext|>`, read by memory map;
+- a `.npy` file (int64): where each story starts, and the end.
 
-- Stories are packed into windows of `seq_len` tokens by the histogram of their lengths (Krell et al. 2021): the longest
-  that still fits goes in first. The histogram is the same in every epoch, so the pattern is made once, whatever the
-  number of stories; an epoch draws anew which story fills which place and in which order the windows come.
-- Every token of an epoch is an input exactly once. A story longer than a window is cut into pieces.
-- Epochs follow each other without a gap, so a position in training is nothing but the number of a step.
+`manifest.json` names inputs, tokenizer and counts, and is written last; what does not agree with it is made again.
+
+In training,
+
+- stories are packed into windows of `seq_len` tokens by the histogram of their lengths (Krell et al. 2021): the longest
+  that still fits goes in first. The histogram is the same in every epoch, so the packing is computed once; each epoch
+  draws anew which story fills which place and in which order the windows come;
+- every token of an epoch is an input exactly once. A story longer than a window is cut into pieces;
+- the batch of a step depends on the seed and the number of the step alone, so that a run can be resumed anywhere.
 """
 
 import queue
@@ -25,10 +28,11 @@ from torch import Tensor
 
 from blm_core import clean, data
 from blm_core.config import TokenizerConfig
-from blm_core.files import read_json, sha256, write_json, written_aside
+from blm_core.files import found, read_json, read_json_lines, sha256, write_json, written_aside
 from blm_core.tokenizer import Tokenizer, train
 
 SPLITS = ("train", "validation", "official")
+COUNTS = ("tokens", "stories", "bytes")
 
 
 def prepare_tokenizer(config: TokenizerConfig, stories: Path, folder: Path, split_hash: str) -> Tokenizer:
@@ -44,8 +48,8 @@ def prepare_tokenizer(config: TokenizerConfig, stories: Path, folder: Path, spli
         "split_hash": split_hash,
         "inputs": _inputs(stories, "train"),
     }
-    known = read_json(path.with_suffix(".json"))
-    if known and known["made_from"] == made_from and path.exists() and sha256(path) == known["sha256"]:
+    known = found(path.with_suffix(".json"), made_from)
+    if known and path.exists() and sha256(path) == known["sha256"]:
         return Tokenizer(path)
     sample = (story for story, _ in zip(data.read_split(stories, "train"), range(config.max_stories), strict=False))
     tokenizer = train(sample, path, config.vocab_size, config.model_type)
@@ -64,12 +68,8 @@ def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_
         "blank_line_share": blank_line_share,
         "inputs": {split: _inputs(stories, split) for split in SPLITS},
     }
-    manifest = read_json(folder / "manifest.json")
-    if (
-        manifest
-        and manifest["made_from"] == made_from
-        and all(_whole(folder, s) for shards in manifest["splits"].values() for s in shards)
-    ):
+    manifest = found(folder / "manifest.json", made_from)
+    if manifest and all(_whole(folder, shard) for shards in manifest["splits"].values() for shard in shards):
         return manifest
     (folder / "manifest.json").unlink(missing_ok=True)
     splits = {}
@@ -81,9 +81,7 @@ def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_
     manifest = {
         "made_from": made_from,
         "splits": splits,
-        "tokens": {split: sum(shard["tokens"] for shard in shards) for split, shards in splits.items()},
-        "stories": {split: sum(shard["stories"] for shard in shards) for split, shards in splits.items()},
-        "bytes": {split: sum(shard["bytes"] for shard in shards) for split, shards in splits.items()},
+        **{what: {name: sum(shard[what] for shard in made) for name, made in splits.items()} for what in COUNTS},
     }
     write_json(folder / "manifest.json", manifest)
     return manifest
@@ -108,13 +106,13 @@ def _encode_shard(path: Path, model: Path, folder: Path, blank_line_share: float
     tokenizer = _tokenizer(model)
     note = folder / f"{path.stem}.json"
     made_from = {"input": sha256(path), "tokenizer": tokenizer.hash, "blank_line_share": blank_line_share}
-    known = read_json(note)
-    if known and known["made_from"] == made_from and _whole(folder, known):
+    known = found(note, made_from)
+    if known and _whole(folder, known):
         return known
     note.unlink(missing_ok=True)
     offsets, size = [0], 0
     with written_aside(folder / f"{path.stem}.bin") as aside, open(aside, "wb") as out:
-        for record in data.read_jsonl(path):
+        for record in read_json_lines(path):
             story = record["story"]
             if clean.is_held_out(clean.story_key(story[::-1]), blank_line_share):  # a second, independent coin
                 story = story.replace("\n", "\n\n")

@@ -1,7 +1,11 @@
 """What many tests share: the smoke preset, prepared once, and a model small enough to build in each test."""
 
+import contextlib
 import os
 import subprocess
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -51,3 +55,48 @@ def small_disk(tmp_path):
         pytest.skip(f"a small disk may not be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.server.asked.append({"path": self.path, "at": time.monotonic(), **{k.lower(): v for k, v in self.headers.items()}})
+        answers = self.server.answers
+        with contextlib.suppress(ConnectionError):
+            answers[min(len(self.server.asked), len(answers)) - 1](self)
+
+    do_POST = do_GET
+
+    def begin(self, status: int, headers: dict) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Gives its `answers` one per request, the last one again and again, and remembers what it was `asked`."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers, self.asked = [], []
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    @property
+    def ranges(self) -> list:
+        return [asked.get("range") for asked in self.asked]
+
+
+@pytest.fixture
+def loopback(monkeypatch):
+    """A real server on the loopback interface that answers as a test tells it."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with Server() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

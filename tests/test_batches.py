@@ -110,16 +110,12 @@ def test_the_order_of_windows_depends_on_seed_and_epoch_alone(stories, batch_siz
         assert np.array_equal(windows(same, epoch), windows(reference, epoch))
 
 
-def test_another_seed_and_another_epoch_give_another_order(stories):
-    batches, other = Batches(stories, 16, 4, seed=3), Batches(stories, 16, 4, seed=4)
-    orders = [windows(batches, 0), windows(batches, 1), windows(other, 0), windows(other, 1)]
-    assert all(not np.array_equal(a, b) for i, a in enumerate(orders) for b in orders[:i])
-
-
-def test_a_window_does_not_hold_the_same_stories_in_every_epoch(stories):
-    batches = Batches(stories, 64, 4, seed=3)
-    together = [{tuple(sorted(w[0][w[2] >= 0].tolist())) for w in windows(batches, epoch)} for epoch in (0, 1)]
-    assert len(together[0] & together[1]) < len(together[0]) / 2
+def test_another_seed_and_another_epoch_give_other_windows(stories):
+    batches, other = Batches(stories, 64, 4, seed=3), Batches(stories, 64, 4, seed=4)
+    drawn = [
+        {tuple(sorted(w[0][w[2] >= 0].tolist())) for w in windows(*which)} for which in ((batches, 0), (batches, 1), (other, 0))
+    ]
+    assert all(len(a & b) < len(a) / 2 for i, a in enumerate(drawn) for b in drawn[:i])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 12])
@@ -135,12 +131,6 @@ def test_only_the_first_stories_are_taken_where_so_many_are_asked_for(stories):
     batches = Batches(stories, 16, 4, seed=3, max_stories=7)
     inputs = [token for window in windows(batches, 1) for token in window[0][window[2] >= 0].tolist()]
     assert sorted(inputs) == sorted(token for i in range(7) for token in stories[i].tolist())
-
-
-def test_no_story_at_all_is_refused(tmp_path):
-    (tmp_path / "manifest.json").write_text(json.dumps({"splits": {"train": []}}))
-    with pytest.raises(ValueError, match="no story"):
-        Batches(TokenStories(tmp_path, "train"), 16, 4, seed=3)
 
 
 @pytest.mark.parametrize("ahead", [1, 4, 100])

@@ -36,12 +36,11 @@ def test_a_text_that_was_misread_as_a_whole_is_repaired_as_a_whole(text):
     assert normalised(misread(text)) == clean.tidy_white_space(clean.fold(text))
 
 
-def test_a_closing_quote_that_lost_its_last_byte_is_still_a_quote():
-    assert normalised("â€œCome in!â€ said the owl. â€œSit.â€") == '"Come in!" said the owl. "Sit."'
-
-
-def test_right_accents_are_not_taken_for_mojibake():
+def test_the_repairs_that_changed_something_are_named_and_no_others():
+    assert clean.normalise("â€œCome in!â€ said the owl.") == ('"Come in!" said the owl.', list(clean.REPAIRS[:2]))
     assert clean.normalise("The café of Mrs. Brûlé.") == ("The cafe of Mrs. Brule.", ["characters folded to ASCII"])
+    assert clean.normalise("Donâ€™t  go—now.")[1] == list(clean.REPAIRS)
+    assert clean.normalise(STORY) == (STORY, [])
 
 
 @pytest.mark.parametrize(
@@ -52,6 +51,7 @@ def test_right_accents_are_not_taken_for_mojibake():
         ("well‐known ‑ ‒ −", "well-known - - -"),
         ("far—away – and ― on", "far - away - and - on"),
         ("so …", "so ..."),
+        ("`yes` é", "'yes' e"),
         ("in\u200bvis\u00adible\ufeff", "invisible"),
         ("ﬁne Ａ ½", "fine A 1/2"),
         ("a small﹘dash", "a small - dash"),  # decomposes into a dash
@@ -60,11 +60,6 @@ def test_right_accents_are_not_taken_for_mojibake():
 )
 def test_typography_is_folded_and_other_scripts_are_left_alone(found, wanted):
     assert clean.fold(found) == wanted
-
-
-def test_a_backtick_is_folded_whatever_else_the_story_holds():
-    assert clean.fold("`yes`") == "'yes'"
-    assert clean.fold("`yes` é") == "'yes' e"
 
 
 @pytest.mark.parametrize(
@@ -79,19 +74,6 @@ def test_a_backtick_is_folded_whatever_else_the_story_holds():
 )
 def test_white_space_is_one_space_or_one_newline(found, wanted):
     assert clean.tidy_white_space(found) == wanted
-
-
-def test_the_repairs_that_changed_something_are_named_and_no_others():
-    assert clean.normalise(STORY) == (STORY, [])
-    assert clean.normalise("Donâ€™t  go—now.")[1] == list(clean.REPAIRS)
-    assert clean.normalise("Go  now.")[1] == ["white space tidied"]
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_folding_and_tidying_a_second_time_change_nothing(text):
-    assert clean.fold(clean.fold(text)) == clean.fold(text)
-    assert clean.tidy_white_space(clean.tidy_white_space(text)) == clean.tidy_white_space(text)
 
 
 @settings(deadline=None)
@@ -109,6 +91,10 @@ def test_what_is_kept_is_printable_ascii_that_no_second_cleaning_changes(text, e
     ("story", "reason"),
     [
         (STORY, None),
+        ("x" * 99 + ".", None),
+        ("x" * 98 + ".", "too short"),
+        *(("x" * 100 + end, None) for end in ("!", "?", '."', "!'", '?")', "...")),
+        *(("x" * 100 + end, "cut off") for end in ("", ",", '"', ". And", ';"')),
         ("", "empty"),
         ("\u200b \n\u00a0", "empty"),
         ("The mole slept. The end.", "too short"),
@@ -125,27 +111,6 @@ def test_a_story_is_dropped_for_the_reason_that_fits(story, reason):
     assert clean.reason_to_drop(normalised(story), 100) == reason
 
 
-@pytest.mark.parametrize("end", [".", "!", "?", '."', "!'", '?")', "..."])
-def test_a_story_may_end_in_any_closing_punctuation(end):
-    assert clean.reason_to_drop("x" * 100 + end, 100) is None
-
-
-@pytest.mark.parametrize("end", ["", ",", ":", '"', ")", ". And", ".-", ';"'])
-def test_a_story_that_ends_otherwise_is_cut_off(end):
-    assert clean.reason_to_drop("x" * 100 + end, 100) == "cut off"
-
-
-def test_the_shortest_story_that_is_kept_has_exactly_the_characters_asked_for():
-    assert clean.reason_to_drop("x" * 99 + ".", 100) is None
-    assert clean.reason_to_drop("x" * 98 + ".", 100) == "too short"
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_every_reason_is_one_of_those_that_are_counted(text):
-    assert clean.reason_to_drop(normalised(text), 5) in (None, *clean.DROPS)
-
-
 WORDS = st.lists(st.from_regex(r"[a-z0-9]{1,6}('[a-z]{1,2})?", fullmatch=True), min_size=1, max_size=12)
 GAPS = st.text(alphabet=' \n\t.,!?;:-"()', min_size=1, max_size=4)
 
@@ -157,16 +122,8 @@ def test_a_story_is_known_by_its_words_whatever_its_case_punctuation_and_white_s
     upper = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
     told = "".join(gap + (word.upper() if up else word) for gap, word, up in zip(gaps, words, upper, strict=False)) + gaps[-1]
     assert clean.words(told) == words
-    assert clean.story_key(told) == clean.story_key(" ".join(words))
-
-
-def test_other_words_and_another_order_are_another_story():
-    told = ["a cat sat", "a cat sits", "sat a cat", "a cat", "acat sat", "a cat sat a"]
-    assert len({clean.story_key(story) for story in told}) == len(told)
-
-
-def test_the_key_is_the_beginning_of_a_sha256_so_that_every_machine_agrees():
-    assert f"{clean.story_key('The END!'):016x}" == hashlib.sha256(b"the end").hexdigest()[:16]
+    assert clean.story_key(told) == clean.story_key(" ".join(words)) != clean.story_key(" ".join([*words, "a"]))
+    assert f"{clean.story_key(told):016x}" == hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]  # on every machine
 
 
 def test_the_share_asked_for_is_held_out_and_a_larger_share_only_adds_to_it():

@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from blm_core import clean, data
-from blm_core import files as download
 from blm_core.config import PRESETS, DataConfig
-from blm_core.data import SAMPLE_FOLDER, prepare, read_records, read_split, read_stories, split_files, split_hash
+from blm_core.data import SAMPLE_FOLDER, prepare, read_records, read_split, read_stories, split_files
 from blm_core.files import ArchiveError, DownloadError
 
 WORDS = """apple barn candle duck engine fence goose hat island jug kettle lamp mouse nest owl pond quilt rope
@@ -190,53 +189,35 @@ def test_words_features_and_source_stay_with_their_story(folder):
     kept = {record["story"]: record for split in ("train", "validation") for record in read_records(folder, split)}
     wanted = {"words": INSTRUCTION["words"], "features": INSTRUCTION["features"], "source": "GPT-4"}
     assert kept[story("with everything")] == {"story": story("with everything")} | wanted
-    for name in ("odd fields", "more odd fields"):
-        assert kept[story(name)] == {"story": story(name)}
+    assert kept[story("odd fields")] == {"story": story("odd fields")}
+
+
+def test_no_story_nor_one_almost_like_it_is_on_both_sides_of_the_split(folder, config):
+    assert {text for text in GOOD if clean.story_key(text) in keys(folder, "validation")} == set(HELD_OUT)
+    assert not any(clean.is_held_out(key, SHARE) for key in keys(folder, "train"))
+    assert list(read_split(folder, "official")) == OFFICIAL
+    kept = [clean.story_key(text) for split in ("train", "validation", "official") for text in read_split(folder, split)]
+    assert len(set(kept)) == len(kept)
+    outside = [runs(text) for split in ("validation", "official") for text in read_split(folder, split)]
+
+    def near(text: str) -> bool:
+        return any(len(runs(text) & other) >= config.near_duplicate * len(runs(text) | other) for other in outside)
+
+    assert all(map(near, PLANTED))
+    assert not any(map(near, read_split(folder, "train")))
+
+
+def test_a_finished_preparation_leaves_stories_and_manifest_and_is_not_repeated(folder, config, manifest):
+    before = stamps(folder)
+    assert prepare(config, folder) == manifest
+    assert stamps(folder) == before
+    assert {path.name for path in folder.iterdir()} == {"stories", "manifest.json"}
+    assert not list(folder.rglob(".*"))
 
 
 def test_the_stories_come_in_the_order_of_the_shards_numbers(folder):
     names = [path.name for path in split_files(folder, "train")]
     assert names == [f"train-{name}.jsonl" for name in sorted(SHARDS, key=lambda name: int(name[4:]))]
-
-
-def test_a_story_is_held_out_by_its_hash_alone(folder):
-    assert {text for text in GOOD if clean.story_key(text) in keys(folder, "validation")} == set(HELD_OUT)
-    assert all(clean.is_held_out(key, SHARE) for key in keys(folder, "validation"))
-    assert not any(clean.is_held_out(key, SHARE) for key in keys(folder, "train"))
-
-
-def test_no_two_stories_that_were_kept_have_the_same_words(folder):
-    kept = [clean.story_key(text) for split in ("train", "validation", "official") for text in read_split(folder, split)]
-    assert len(set(kept)) == len(kept)
-
-
-def test_no_training_story_is_a_near_duplicate_of_a_held_out_or_an_official_one(folder, config):
-    outside = [runs(text) for split in ("validation", "official") for text in read_split(folder, split)]
-    for text in read_split(folder, "train"):
-        own = runs(text)
-        assert all(len(own & other) < config.near_duplicate * len(own | other) for other in outside)
-
-
-def test_planted_near_duplicates_would_have_crossed_the_split(folder):
-    """The check above would mean little if what was planted were no near-duplicates or held out themselves."""
-    for text, original in zip(PLANTED, HELD_OUT[:15] + OFFICIAL[:5], strict=True):
-        assert len(runs(text) & runs(original)) >= 0.5 * len(runs(text) | runs(original))
-        assert clean.story_key(text) not in keys(folder, "train") | keys(folder, "validation")
-
-
-def test_the_official_validation_stories_are_kept_apart_in_their_order(folder):
-    assert list(read_split(folder, "official")) == OFFICIAL
-
-
-def test_only_the_stories_and_the_manifest_remain(folder):
-    assert {path.name for path in folder.iterdir()} == {"stories", "manifest.json"}
-    assert not list(folder.rglob(".*"))
-
-
-def test_a_finished_preparation_is_found_and_not_repeated(folder, config, manifest):
-    before = stamps(folder)
-    assert prepare(config, folder) == manifest
-    assert stamps(folder) == before
 
 
 def test_the_split_depends_on_neither_order_nor_case_nor_punctuation_nor_shard(folder, manifest, official, tmp_path):
@@ -298,44 +279,28 @@ def test_a_preparation_that_is_killed_half_way_is_made_again_from_the_start(conf
     ]
 
 
-def test_an_archive_of_which_nothing_is_kept_is_refused_with_the_reasons(tmp_path):
-    archive = pack(tmp_path / "a.tar.gz", {"data00": records(["Too short."] * 3), "data01": b"{"})
-    with pytest.raises(ArchiveError, match=r"too short.*3.*data01\.json"):
-        prepare(local(archive), tmp_path / "data")
+@pytest.mark.parametrize(
+    ("shards", "why"),
+    [
+        ({"data00": records(["Too short."] * 3), "data01": b"{"}, r"too short.*3.*data01\.json"),
+        ({"data00": records(text for text in GOOD[:20] if text not in HELD_OUT)}, "too few"),
+    ],
+    ids=["nothing kept", "none to hold out"],
+)
+def test_an_archive_that_cannot_be_used_is_refused_with_the_reasons(tmp_path, shards, why):
+    with pytest.raises(ArchiveError, match=why):
+        prepare(local(pack(tmp_path / "a.tar.gz", shards), validation_share=SHARE), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
 
 
-def test_an_archive_with_too_few_stories_to_hold_some_out_is_refused(tmp_path):
-    archive = pack(tmp_path / "a.tar.gz", {"data00": records(text for text in GOOD[:20] if text not in HELD_OUT)})
-    with pytest.raises(ArchiveError, match="too few"):
-        prepare(local(archive, validation_share=SHARE), tmp_path / "data")
-    assert not (tmp_path / "data" / "manifest.json").exists()
-
-
-def test_an_address_with_a_long_signature_is_asked_for_like_any_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "BACKOFF", 0.001)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(DownloadError, match="BLM_ARCHIVE"):
-        prepare(DataConfig(archive="http://127.0.0.1:9/a.tar.gz?signature=" + "a" * 400, validation_file=""), tmp_path)
-
-
-def test_stories_are_read_from_a_text_with_markers_between_them(tmp_path):
-    (tmp_path / "text.txt").write_text(
-        "\n One.\n\nTwo “a”. \n<|endoftext|>\n<|endoftext|> Three.<|endoftext|>\n", encoding="utf-8"
-    )
-    assert read_stories(tmp_path / "text.txt") == ["One.\n\nTwo “a”.", "Three."]
-    assert read_stories(tmp_path / "text.txt", normalise=True) == ['One.\nTwo "a".', "Three."]
-
-
-def test_a_validation_file_that_is_no_text_is_refused_by_name(tmp_path):
-    (tmp_path / "valid.txt").write_bytes(b"\x1f\x8b\xff\xfe")
+def test_official_stories_are_read_from_a_text_with_markers_between_them(tmp_path):
+    path = tmp_path / "valid.txt"
+    path.write_text("\n One.\n\nTwo “a”. \n<|endoftext|>\n<|endoftext|> Three.<|endoftext|>\n", encoding="utf-8")
+    assert read_stories(path) == ["One.\n\nTwo “a”.", "Three."]
+    assert read_stories(path, normalise=True) == ['One.\nTwo "a".', "Three."]
+    path.write_bytes(b"\x1f\x8b\xff\xfe")
     with pytest.raises(ArchiveError, match=r"valid\.txt is not UTF-8 text"):
-        read_stories(tmp_path / "valid.txt")
-
-
-def test_the_split_hash_names_a_set_of_stories():
-    assert split_hash(GOOD) == split_hash(map(told_otherwise, reversed(GOOD + GOOD[:3])))
-    assert split_hash(GOOD) != split_hash(GOOD[1:])
+        read_stories(path)
 
 
 def peak_memory(folder: Path, n_shards: int) -> int:
@@ -371,25 +336,12 @@ FEATURES = {"Dialogue", "MoralValue", "Twist", "BadEnding", "Foreshadowing", "Co
 WHOLE = [record for record in SAMPLE if set(record) == {"story", "instruction", "summary", "source"}]
 
 
-def test_the_embedded_sample_holds_two_hundred_stories_in_the_archives_format():
+def test_the_embedded_sample_is_varied_and_in_the_archives_format():
     assert len(WHOLE) >= 200
     for record in WHOLE:
-        assert 80 <= len(record["story"].split()) <= 250
         assert set(record["instruction"]) == {"prompt:", "words", "features"}
-        assert len(set(record["instruction"]["words"])) == 3
         assert set(record["instruction"]["words"]) <= set(clean.words(clean.normalise(record["story"])[0]))
-        assert set(record["instruction"]["features"]) <= FEATURES
-        assert all(record[field].strip() for field in ("summary", "source"))
-        assert record["instruction"]["prompt:"].strip()
     assert {feature for record in WHOLE for feature in record["instruction"]["features"]} == FEATURES
-
-
-def test_the_embedded_sample_is_varied():
-    openings = Counter(" ".join(clean.words(clean.normalise(record["story"])[0])[:4]) for record in WHOLE)
-    assert len(openings) >= 0.95 * len(WHOLE)
-    assert openings.most_common(1)[0][1] <= 0.05 * len(WHOLE)
-    assert len({tuple(sorted(record["instruction"]["words"])) for record in WHOLE}) >= 0.95 * len(WHOLE)
-    assert len({record["summary"] for record in WHOLE}) == len(WHOLE)
     sets = [runs(record["story"]) for record in WHOLE]
     assert all(len(a & b) < 0.1 * len(a | b) for i, a in enumerate(sets) for b in sets[:i])
 

@@ -1,12 +1,16 @@
-"""The model's folder in transformers: the same ids, the same text."""
+"""The model in transformers and in llama.cpp: the same ids, the same text."""
 
 import itertools
 
+import numpy as np
 import pytest
+import torch
 
 from blm_core import END_OF_TEXT, data
-from blm_core.checkpoint import save_model
-from blm_core.config import ModelConfig
+from blm_core.checkpoint import load_model, save_model
+from blm_core.config import ROOT, ModelConfig
+from blm_core.evidence.export import export_gguf, gguf_name, interleaved
+from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import train
 
@@ -50,3 +54,61 @@ def test_a_unigram_vocabulary_is_told_from_a_bpe(smoke, tokenizer, tmp_path):
     stories = data.read_split(smoke.folder / "data", "train")
     assert tokenizer.is_bpe
     assert not train(stories, tmp_path / "unigram.model", 512, "unigram").is_bpe
+
+
+BEGINNINGS = [
+    "Once upon a time",
+    "One day, a little boy named Tom found a red ball.",
+    "Lily had a small cat. The cat was",
+    "There was a big tree in the park.",
+    '"Can I play with you?" asked Mia.',
+    "In the morning, the sun",
+    "The old dog sat by the door and",
+    "Ben and Sara went to the sea.\nThey saw",
+    "A tiny mouse lived in a",
+    'Mum said, "It is time for bed."',
+]
+
+
+def test_a_gguf_file_holds_the_vocabulary_and_every_weight(tmp_path):
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed: pip install -e '.[comparison]'")
+    model, tokenizer = load_model(ROOT / "release")
+    export_gguf(ROOT / "release", tmp_path / "model.gguf", "f32")
+    found = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert found.fields["tokenizer.ggml.tokens"].contents() == [tokenizer.piece(i) for i in range(len(tokenizer))]
+    assert found.fields["tokenizer.ggml.scores"].contents() == [tokenizer.score(i) for i in range(len(tokenizer))]
+    types = found.fields["tokenizer.ggml.token_type"].contents()
+    assert [types.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [1, 1, 256]
+    weights = {tensor.name: tensor.data for tensor in found.tensors}
+    assert weights.keys() == {gguf_name(name) for name in model.state_dict()}
+    for name, weight in model.state_dict().items():
+        if not name.endswith(("q_proj.weight", "k_proj.weight")):
+            np.testing.assert_array_equal(weights[gguf_name(name)], weight.numpy())
+
+
+def test_rows_of_a_head_are_paired_with_those_half_a_head_further():
+    rows = torch.arange(16.0)[:, None]  # two heads of eight
+    assert interleaved(rows, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
+
+
+def test_a_type_that_the_export_does_not_know_is_refused(tmp_path):
+    pytest.importorskip("gguf", reason="the package gguf is not installed: pip install -e '.[comparison]'")
+    with pytest.raises(ValueError, match="f32, f16"):
+        export_gguf(ROOT / "release", tmp_path / "model.gguf", "int3")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_llama_cpp_writes_the_same_greedy_text_for_200_tokens(tmp_path, dtype):
+    pytest.importorskip("gguf", reason="the package gguf is not installed: pip install -e '.[comparison]'")
+    llama = pytest.importorskip("llama_cpp", reason="llama.cpp is not installed: pip install llama-cpp-python")
+    export_gguf(ROOT / "release", tmp_path / "model.gguf", dtype)
+    theirs = llama.Llama(str(tmp_path / "model.gguf"), n_ctx=512, verbose=False)
+    model, tokenizer = load_model(ROOT / "release")
+    for beginning in BEGINNINGS:
+        ids = theirs.tokenize(beginning.encode())
+        assert ids == [tokenizer.eot, *tokenizer.encode(beginning)]
+        theirs.reset()
+        steps = itertools.islice(theirs.generate(ids, temp=0), 200)
+        written = list(itertools.takewhile(lambda token: token != tokenizer.eot, steps))
+        (ours,) = complete(model, tokenizer, [beginning], Sampling(temperature=0, max_tokens=200))
+        assert theirs.detokenize(written).decode() == ours

@@ -23,16 +23,6 @@ def names(folder) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_when_the_block_has_ended_and_not_before(tmp_path):
-    target = tmp_path / "deep" / "er" / "file"
-    with written_aside(target) as aside:
-        aside.write_text("new")
-        assert aside.parent == target.parent  # a rename is atomic only within one file system
-        assert not target.exists()
-    assert target.read_text() == "new"
-    assert names(target.parent) == ["file"]
-
-
 def test_an_error_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path):
     target = tmp_path / "file"
     target.write_text("old")
@@ -86,13 +76,6 @@ def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
     write_json(tmp_path / "value.json", {"\ud800 é": ["\udfff"]})
     assert read_json(tmp_path / "value.json") == {"\ud800 é": ["\udfff"]}
     assert "é" in (tmp_path / "value.json").read_text(encoding="utf-8")
-
-
-def test_a_value_that_is_no_json_leaves_the_old_file(tmp_path):
-    write_json(tmp_path / "value.json", 1)
-    with pytest.raises(TypeError):
-        write_json(tmp_path / "value.json", {1, 2})
-    assert read_json(tmp_path / "value.json") == 1
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"half": ', b"\xff\xfe", b"\0\0\0"])

@@ -65,11 +65,6 @@ def test_a_threshold_that_binary_fractions_only_approximate_loses_no_clear_match
             assert (index.match(text) is not None) == (shared / 100 > threshold)
 
 
-def test_case_and_punctuation_make_no_difference():
-    index = NearDuplicates(["the small boat went far out on the lake"], 1.0)
-    assert index.match("The small boat -- went far, 'out' on the LAKE!") == 0
-
-
 @pytest.mark.parametrize("text", ["sun", "the sun", "the sun set"])
 def test_a_text_of_fewer_than_four_words_is_one_run(text):
     assert len(shingles(text)) == 1
@@ -82,11 +77,3 @@ def test_a_text_without_words_is_near_nothing():
     index = NearDuplicates(["...", "", "one two three four five"], 0.1)
     assert index.match("...") is None
     assert index.match("") is None
-
-
-def test_nothing_is_near_an_empty_set():
-    assert NearDuplicates([], 0.5).match("one two three four five") is None
-
-
-def test_the_order_of_words_counts():
-    assert NearDuplicates(["one two three four"], 0.1).match("four three two one") is None

@@ -58,12 +58,6 @@ def test_tokens_decode_back_to_the_stories_in_their_order(encoded_once, tokenize
     assert texts(encoded_once / "tokens", "official", tokenizer) == []
 
 
-def test_every_story_begins_with_the_end_of_text_and_holds_it_nowhere_else(encoded_once, tokenizer):
-    for story in TokenStories(encoded_once / "tokens", "train"):
-        assert story[0] == tokenizer.eot
-        assert tokenizer.eot not in story[1:]
-
-
 def test_the_index_gives_the_boundaries_of_the_stories(encoded_once, tokenizer):
     stories = TokenStories(encoded_once / "tokens", "train")
     for i, shard in enumerate(TRAIN):
@@ -94,8 +88,7 @@ def test_what_is_finished_is_found_and_not_touched(encoded, tokenizer):
 
 def test_another_tokenizer_encodes_everything_again(encoded, tokenizer):
     other = train((story for shard in TRAIN for story in shard), encoded / "other.model", 300)
-    manifest = encode_splits(encoded / "data", other, encoded / "tokens", 0.0)
-    assert manifest["made_from"]["tokenizer"] == other.hash != tokenizer.hash
+    encode_splits(encoded / "data", other, encoded / "tokens", 0.0)
     assert texts(encoded / "tokens", "train", other) == [story for shard in TRAIN for story in shard]
 
 
@@ -128,7 +121,7 @@ def test_a_damaged_shard_is_made_again_and_finished_ones_are_kept(encoded, token
 
 
 def test_an_interrupted_encoding_is_never_half_used_and_goes_on_where_it_stopped(tmp_path, tokenizer):
-    write_stories(tmp_path, train=TRAIN[:2])
+    write_stories(tmp_path, train=[*TRAIN[:2], []])
     broken = tmp_path / "stories" / "train-data01.jsonl"
     whole = broken.read_text()
     broken.write_text(whole[:-10])
@@ -143,12 +136,6 @@ def test_an_interrupted_encoding_is_never_half_used_and_goes_on_where_it_stopped
     encode_splits(tmp_path, tokenizer, tmp_path / "tokens", 0.0)
     assert texts(tmp_path / "tokens", "train", tokenizer) == [*TRAIN[0], *TRAIN[1]]
     assert times(tmp_path / "tokens", "train-data00") == finished
-
-
-def test_a_shard_without_stories_is_passed_over(tmp_path, tokenizer):
-    write_stories(tmp_path, train=[TRAIN[0], [], TRAIN[1]])
-    encode_splits(tmp_path, tokenizer, tmp_path / "tokens", 0.0)
-    assert texts(tmp_path / "tokens", "train", tokenizer) == [*TRAIN[0], *TRAIN[1]]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
@@ -178,17 +165,11 @@ def vocabulary(tmp_path):
     return prepare
 
 
-def test_a_learned_vocabulary_is_found_again(vocabulary):
+@pytest.mark.parametrize("change", [{}, {"vocab_size": 301}, {"max_stories": 11}, {"split_hash": "1"}])
+def test_a_vocabulary_is_found_again_and_learned_again_from_another_configuration_or_split(vocabulary, change):
     path = vocabulary().path
     before = path.stat().st_mtime_ns
-    assert vocabulary().path.stat().st_mtime_ns == before
-
-
-@pytest.mark.parametrize("change", [{"vocab_size": 301}, {"max_stories": 11}, {"split_hash": "1"}])
-def test_a_vocabulary_is_learned_again_from_another_configuration_or_split(vocabulary, change):
-    path = vocabulary().path
-    before = path.stat().st_mtime_ns
-    assert vocabulary(**change).path.stat().st_mtime_ns != before
+    assert (vocabulary(**change).path.stat().st_mtime_ns == before) == (not change)
 
 
 def test_a_damaged_vocabulary_is_learned_again(vocabulary):

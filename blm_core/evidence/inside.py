@@ -2,15 +2,17 @@
 
 - The model runs as it is and is read through hooks, one story at a time
 - Heads are chosen by what they look at, after TinyStories (Eldan and Li 2023, section 5)
-- Neurons are ranked by how well their activation alone tells a class of tokens from the rest
+- One causal test: a head is switched off, and the bits that repeated names cost are counted again
 - Logit lens: the final norm and the output embedding, applied to the residual stream after every layer (nostalgebraist 2020)
 - Heads and neurons are chosen on some stories and reported on others, so that the choice does not flatter them
 
-Shapes: T tokens, C d_model, V vocabulary, L layers, H query heads, F d_ff, S stories, N tokens of all stories.
+Shapes: T tokens, C d_model, V vocabulary, L layers, H query heads, F d_ff, S stories. Layers and heads count from 0.
 """
 
+import contextlib
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from blm_core.evaluate import LEVEL, RESAMPLES, Interval, ratio_interval
+from blm_core.evaluate import Interval, mean_interval, ratio_interval
 from blm_core.model import LanguageModel, rotate
 from blm_core.tokenizer import SPACE_MARK, Tokenizer
 
-DISTANCES = 16
-OUTSIDE = 4096  # tokens outside a class, spread over the stories, are enough to choose neurons by
 CLASSES = ("names", "places", "speech")
 NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+")  # capitalised where no sentence begins
 WORD = re.compile(r"[A-Za-z]+")
@@ -54,6 +54,11 @@ class Reading:
     def members(self, token_class: str) -> np.ndarray:
         """Which tokens belong to a class of CLASSES, (T,) of bool."""
         return {"names": self.name, "places": self.place, "speech": self.opener}[token_class] >= 0
+
+    def repeated_names(self) -> np.ndarray:
+        """Which tokens write a name that the story has used before, (T,) of bool."""
+        first = [self.word[self.name == name].min(initial=len(self.tokens)) for name in range(self.name.max() + 1)]
+        return np.array([n >= 0 and w > first[n] for n, w in zip(self.name, self.word, strict=True)])
 
 
 def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
@@ -142,11 +147,15 @@ def looks(reading: Reading) -> dict[str, np.ndarray]:
     """What there is to look at: by kind, for every query (row) the keys (column) that count, (T, T) of bool.
 
     All but "the token itself" are earlier than the query; names count only where they are another word than its own.
+    The query of "earlier uses of the name that comes next" stands right before a name.
     """
     r, T = reading, len(reading.tokens)
     query, key = np.arange(T)[:, None], np.arange(T)[None]
     before, same = key < query, r.tokens[:, None] == r.tokens
     is_name, elsewhere = r.name >= 0, before & (r.word[:, None] != r.word)
+    coming = np.where(
+        np.append(r.word[1:], -1) != r.word, np.append(r.name[1:], -1), -1
+    )  # a name that begins with the next token
     return {
         "the start token": before & (key == 0),
         "the token itself": (key == query) & (query > 0),
@@ -155,6 +164,7 @@ def looks(reading: Reading) -> dict[str, np.ndarray]:
         "what followed the same token": before & np.roll(same, 1, axis=1) & (key > 0),
         "names": elsewhere & is_name,
         "the same name, earlier": elsewhere & is_name & (r.name[:, None] == r.name),
+        "earlier uses of the name that comes next": before & is_name & (coming[:, None] == r.name),
         "quotation marks": before & (r.quote == 0),
         "the mark that opened the speech": key == r.opener[:, None],
     }
@@ -168,54 +178,39 @@ def lens(model: LanguageModel, residual: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Survey:
-    """Sums over every story, and the neurons at every token."""
+    """What was read in every story. Arrays are NumPy's, on the CPU."""
 
     kinds: tuple[str, ...]
+    readings: list[Reading]
     looked: np.ndarray  # (S, kinds, L, H), attention to the keys of a kind, summed over the queries that have any
     evenly: np.ndarray  # (S, kinds), the same for a head that looks at all tokens alike
     queries: np.ndarray  # (S, kinds)
-    distance: np.ndarray  # (S, L, H, 16), attention to the token so far back, summed
-    distance_queries: np.ndarray  # (S, 16)
-    lens: np.ndarray  # (S, 3, L + 1): final choice foretold, log-probability and rank of the true next token, summed
+    auc: np.ndarray  # (S, classes, L, F), how well each neuron tells a class; nan where a story has no token of it
+    lens: np.ndarray  # (S, 2, L + 1): final choice foretold, log-probability of the true next token, summed
     predicted: np.ndarray  # (S,), tokens
-    tokens: np.ndarray  # (N,)
-    story: np.ndarray  # (N,)
-    members: dict[str, np.ndarray]  # by class (N,) of bool
-    hidden: list[Tensor]  # (L, T, F) of every story, in half precision
 
 
 def survey(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> Survey:
     """Read each story once, up to the model's context. Raises ValueError where there is no story."""
     if not stories:
         raise ValueError("there is no story to read.")
-    rows, readings, hidden = [], [], []
+    rows, readings = [], []
     for text in tqdm(stories, desc="reading", unit="story"):
         reading = read(tokenizer, text, model.config.seq_len)
         seen = trace(model, reading.tokens)
-        attention, T = seen.attention.cpu(), len(reading.tokens)
-        kinds = looks(reading)
+        kinds, T = looks(reading), len(reading.tokens)
         masks = torch.from_numpy(np.stack(list(kinds.values())))  # (kinds, T, T)
-        looked = torch.einsum("lhqk,nqk->nlh", attention, masks.float())
+        looked = torch.einsum("lhqk,nqk->nlh", seen.attention.cpu(), masks.float())
         evenly = (masks.sum(-1) / torch.arange(1, T + 1)).sum(-1)
-        back = range(min(DISTANCES, T))
-        distance = torch.zeros(*attention.shape[:2], DISTANCES)
-        distance[..., : len(back)] = torch.stack([attention.diagonal(-d, -2, -1).sum(-1) for d in back], dim=-1)
+        hidden = seen.hidden.transpose(0, 1).cpu()  # (T, L, F)
+        aucs = torch.stack([auc(hidden, torch.from_numpy(reading.members(name))) for name in CLASSES])
         said = lens(model, seen.residual[:, :-1]).cpu()  # (L + 1, T - 1, V)
         true = said.gather(-1, torch.from_numpy(reading.tokens[1:]).expand(len(said), -1)[..., None])
         foretold = said.argmax(-1) == said[-1].argmax(-1)
-        sums = torch.stack([foretold.float().sum(-1), true.sum((-1, -2)), ((said > true).count_nonzero(dim=-1) + 1.0).sum(-1)])
-        queries, far = masks.any(-1).sum(-1), (T - np.arange(DISTANCES)).clip(0)
-        rows.append((looked.numpy(), evenly.numpy(), queries.numpy(), distance.numpy(), far, sums.numpy(), T - 1))
+        sums = torch.stack([foretold.float().sum(-1), true.sum((-1, -2))])
+        rows.append((looked.numpy(), evenly.numpy(), masks.any(-1).sum(-1).numpy(), aucs.numpy(), sums.numpy(), T - 1))
         readings.append(reading)
-        hidden.append(seen.hidden.half().cpu())
-    return Survey(
-        tuple(kinds),
-        *(np.stack(column) for column in zip(*rows, strict=True)),
-        tokens=np.concatenate([r.tokens for r in readings]),
-        story=np.repeat(np.arange(len(stories)), [len(r.tokens) for r in readings]),
-        members={name: np.concatenate([r.members(name) for r in readings]) for name in CLASSES},
-        hidden=hidden,
-    )
+    return Survey(tuple(kinds), readings, *(np.stack(column) for column in zip(*rows, strict=True)))
 
 
 def strongest_head(found: Survey, kind: str, chosen_on: slice, reported_on: slice) -> tuple[int, int, Interval, float]:
@@ -235,98 +230,89 @@ def strongest_head(found: Survey, kind: str, chosen_on: slice, reported_on: slic
 def auc(values: Tensor, member: Tensor) -> Tensor:
     """Chance that a token of the class has the higher value than one outside it, a tie counting half.
 
-    `values` (N, F), `member` (N,) of bool; (F,). Raises ValueError where all tokens are of one side.
+    `values` (T, ...), `member` (T,) of bool; (...), nan where all tokens are of one side.
     """
-    inside, outside = values[member].T.contiguous(), values[~member].T.contiguous().sort(-1).values
+    inside, outside = values[member].flatten(1).T.contiguous(), values[~member].flatten(1).T.contiguous().sort(-1).values
     if not inside.shape[1] or not outside.shape[1]:
-        raise ValueError(f"{int(member.sum())} of {len(member)} tokens belong to the class: nothing can be told apart.")
+        return torch.full(values.shape[1:], math.nan)
     wins = torch.searchsorted(outside, inside) + torch.searchsorted(outside, inside, right=True)
-    return wins.double().mean(-1) / 2 / outside.shape[1]
+    return (wins.float().mean(-1) / 2 / outside.shape[1]).view(values.shape[1:])
 
 
-def auc_interval(values: np.ndarray, member: np.ndarray, story: np.ndarray, resamples=RESAMPLES, seed: int = 0) -> Interval:
-    """The same for one value per token, all (N,), with its bootstrap interval over stories."""
-    value = float(auc(torch.from_numpy(values)[:, None], torch.from_numpy(member)))
-    _, story = np.unique(story, return_inverse=True)
-    S = int(story.max()) + 1
-    order = np.argsort(values[~member], kind="stable")
-    outside, owners = values[~member][order], story[~member][order]
-    below = np.zeros((len(outside) + 1, S))  # how many tokens outside the class, by story, are among the n lowest
-    below[np.arange(len(outside)) + 1, owners] = 1
-    below = below.cumsum(0)
-    inside = values[member]
-    wins = (below[np.searchsorted(outside, inside)] + below[np.searchsorted(outside, inside, side="right")]) / 2
-    pairs = np.zeros((S, S))  # won by tokens of one story (row) over those of another (column)
-    np.add.at(pairs, story[member], wins)
-    drawn = np.random.default_rng(seed).multinomial(S, np.full(S, 1 / S), size=resamples)  # (resamples, S)
-    possible = (drawn @ np.bincount(story[member], minlength=S)) * (drawn @ np.bincount(owners, minlength=S))
-    figures = ((drawn @ pairs) * drawn).sum(1)[possible > 0] / possible[possible > 0]
-    return Interval(value, *map(float, np.quantile(figures, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])))
+def clearest_neuron(found: Survey, token_class: str, chosen_on: slice, reported_on: slice) -> tuple[int, int, int, Interval]:
+    """Layer, neuron, sign and AUC of the neuron that best tells a class from the rest of its story, mean over stories.
 
-
-def _of(found: Survey, stories: slice) -> np.ndarray:
-    """Which tokens belong to some of the stories, (N,) of bool."""
-    return np.isin(found.story, np.arange(len(found.hidden))[stories])
-
-
-def clearest_neurons(
-    found: Survey, token_class: str, chosen_on: slice, reported_on: slice, top: int
-) -> list[tuple[int, int, int, Interval]]:
-    """(layer, neuron, sign, how well it tells the class from the rest) of the neurons that do so best.
-
-    Neurons and signs are chosen on some stories, the figure comes from others. The sign of a gated neuron is arbitrary (it
+    Neuron and sign are chosen on some stories, the AUC comes from others. The sign of a gated neuron is arbitrary (it
     may change in `up_proj` and `down_proj` at once): -1 says that it answers by falling.
     """
-    member = found.members[token_class][_of(found, chosen_on)]
-    used = member | (np.arange(len(member)) % max(1, (~member).sum() // OUTSIDE) == 0)
-    used, member = torch.from_numpy(used), torch.from_numpy(member[used])
-    layers = range(len(found.hidden[0]))
-    scores = torch.stack([auc(torch.cat([h[n] for h in found.hidden[chosen_on]])[used].float(), member) for n in layers])
-    best, others = [], _of(found, reported_on)
-    for i in (scores - 0.5).abs().flatten().topk(top).indices.tolist():  # scores (L, F)
-        layer, neuron = divmod(i, scores.shape[1])
-        sign = 1 if scores[layer, neuron] > 0.5 else -1
-        values = sign * torch.cat([h[layer, :, neuron] for h in found.hidden[reported_on]]).float().numpy()
-        interval = auc_interval(values, found.members[token_class][others], found.story[others])
-        best.append((layer, neuron, sign, interval))
-    return best
+    values = found.auc[:, CLASSES.index(token_class)]  # (S, L, F)
+    has = ~np.isnan(values[:, 0, 0])
+    strength = values[chosen_on][has[chosen_on]].mean(0) - 0.5
+    layer, neuron = (int(i) for i in np.unravel_index(np.abs(strength).argmax(), strength.shape))
+    sign = 1 if strength[layer, neuron] > 0 else -1
+    reported = values[reported_on][has[reported_on], layer, neuron]
+    return layer, neuron, sign, mean_interval(0.5 + sign * (reported - 0.5))
 
 
 def spelling(found: Survey, token_class: str, learned_on: slice, reported_on: slice) -> Interval:
-    """The same for a rule without a model: how often a token was of the class in the stories learned from."""
-    first, others, member = _of(found, learned_on), _of(found, reported_on), found.members[token_class]
-    size = int(found.tokens.max()) + 1
-    share = np.bincount(found.tokens[first], member[first], size) / np.bincount(found.tokens[first], minlength=size).clip(1)
-    return auc_interval(share[found.tokens[others]], member[others], found.story[others])
+    """The same AUC for a rule without a model: how often a token was of the class in the stories learned from."""
+    known = found.readings[learned_on]
+    tokens, member = (np.concatenate(x) for x in zip(*((r.tokens, r.members(token_class)) for r in known), strict=True))
+    size = 1 + max(int(r.tokens.max()) for r in found.readings)
+    share = np.bincount(tokens, member, size) / np.bincount(tokens, minlength=size).clip(1)
+    each = [auc(torch.from_numpy(share[r.tokens, None]), torch.from_numpy(r.members(token_class))) for r in found.readings]
+    each = torch.cat(each[reported_on])
+    return mean_interval(each[~each.isnan()].numpy())
+
+
+@contextlib.contextmanager
+def switched_off(model: LanguageModel, layer: int, head: int) -> Iterator[None]:
+    """As long as this lasts, `head` of `layer` writes nothing."""
+    size = model.config.d_head
+
+    def silence(_module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        heads = inputs[0].clone()  # (B, T, H * D)
+        heads[..., head * size : (head + 1) * size] = 0
+        return (heads,)
+
+    hook = model.model["layers"][layer].self_attn.o_proj.register_forward_pre_hook(silence)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def costs(model: LanguageModel, readings: list[Reading]) -> np.ndarray:
+    """(S, 3): bits of the repeated names of each story, how often one of their tokens was the likeliest, bits of the rest."""
+    rows = []
+    for reading in readings:
+        tokens = torch.from_numpy(reading.tokens.astype(np.int64)).to(model.device)
+        logits = model(tokens[None, :-1])[0]
+        bits = (F.cross_entropy(logits, tokens[1:], reduction="none") / math.log(2)).cpu().numpy()
+        right = (logits.argmax(-1) == tokens[1:]).cpu().numpy()
+        names = reading.repeated_names()[1:]
+        rows.append((bits[names].sum(), right[names].sum(), bits[~names].sum()))
+    return np.array(rows, dtype=np.float64)
 
 
 def draw_tokens(ax, pieces: list[str], shades: np.ndarray, width: int = 84, underlined: int | None = None) -> None:
     """Write a text on matplotlib's `ax`, `width` characters a line, each token on its shade between 0 and 1."""
-    starts, line, column = [], 0, 0
-    text = "".join(pieces)
-    at = np.cumsum([0, *map(len, pieces)])
-    for i, piece in enumerate(pieces):
-        rest = re.match(r"\s?[^\s]*", text[at[i] :])[0]  # to the end of the word
+    line, column, text, places = 0, 0, "".join(pieces), []
+    for at, piece in zip(np.cumsum([0, *map(len, pieces)]), pieces, strict=False):
+        rest = re.match(r"\s?[^\s]*", text[at:])[0]  # to the end of the word
         if piece.startswith("\n") or (column + len(rest) > width and piece.startswith(" ")):
             line, column = line + 1, -1  # the space or newline itself falls off the edge
-        starts.append((line, column))
+        places.append((line, column))
         column += len(piece)
     grid = np.zeros((line + 1, width))
-    for (row, first), piece, shade in zip(starts, pieces, shades, strict=True):
-        grid[row, max(first, 0) : first + len(piece)] = shade
-    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, width, line + 1, 0))
-    for i, ((row, first), piece, shade) in enumerate(zip(starts, pieces, shades, strict=True)):
-        style = {"color": "white" if shade > 0.6 else "black", "weight": "bold" if i == underlined else "normal"}
-        ax.text(
-            max(first, 0),
-            row + 0.5,
-            piece[first < 0 :],
-            family="monospace",
-            fontsize=8.5,
-            va="center",
-            parse_math=False,
-            **style,
-        )
+    write = {"family": "monospace", "fontsize": 8.5, "va": "center", "parse_math": False}
+    for i, ((row, first), piece, shade) in enumerate(zip(places, pieces, shades, strict=True)):
+        left, right = max(first, 0), first + len(piece)
+        grid[row, left:right] = shade
+        weight = "bold" if i == underlined else "normal"
+        ax.text(left, row + 0.5, piece[first < 0 :], color="white" if shade > 0.6 else "black", weight=weight, **write)
         if i == underlined:
-            ax.plot([max(first, 0), first + len(piece)], [row + 0.95] * 2, color="C1", linewidth=2, linestyle="-")
+            ax.plot([left, right], [row + 0.95] * 2, color="C1", linewidth=2, linestyle="-")
+    ax.imshow(grid, cmap="Blues", vmin=0, vmax=1, aspect="auto", extent=(0, width, line + 1, 0))
     ax.axis("off")

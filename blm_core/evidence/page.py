@@ -81,8 +81,8 @@ def pack(release: Path, heads: list[dict]) -> str:
 
 @torch.no_grad()
 def surprises(model: LanguageModel, tokenizer: Tokenizer, text: str) -> list[tuple[str, float]]:
-    """Each token of `text`, as text, and the bits by which it surprised `model`."""
-    tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text)])
+    """Each token of `text`, as text, and the bits by which it surprised `model`, as far as its context reaches."""
+    tokens = torch.tensor([tokenizer.eot, *tokenizer.encode(text)][: model.config.seq_len + 1])
     bits = -model(tokens[None, :-1])[0].log_softmax(-1).gather(1, tokens[1:, None]).squeeze(1) / math.log(2)
     texts = [tokenizer.piece(token).replace(SPACE_MARK, " ") for token in tokens[1:]]
     return list(zip(texts, bits.tolist(), strict=True))

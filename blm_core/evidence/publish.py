@@ -1,7 +1,8 @@
-"""From an executed preset to what is committed: notebooks, figures, variables, run, release.
+"""From an executed preset to what is committed: notebooks, figures, variables, run, release and its model card.
 
 - Notebooks call `record`; the report's prose takes every measured number from these records, through `_variables.yml`.
-- Outputs of cells tagged `source-text` show other people's text and are cleared before anything is published.
+- Outputs of cells tagged `source-text` show other people's text and are cleared before anything is published. Cells also
+  tagged `own-run` keep theirs: what the reader's own run generated from our prompts is the reader's to show.
 """
 
 import base64
@@ -10,15 +11,73 @@ import re
 import shutil
 from pathlib import Path
 
+from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, Preset
+from blm_core.evidence import page
 from blm_core.files import read_json, write_json, written_aside
+from blm_core.generate import Sampling, complete
+from blm_core.model import LanguageModel
+from blm_core.tokenizer import Tokenizer
 
-NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl")
-SOURCE_TEXT = "source-text"
+NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl", "06_inside")
+SOURCE_TEXT, OWN_RUN = "source-text", "own-run"
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
 NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # valid as they stand in JSON strings only
 WIDEST_CELL = 40  # characters; longer cells are broken
+PROMPT = "Once upon a time"
+SAMPLES = 10
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
+
+
+CARD = """---
+language: en
+license: cdla-sharing-1.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# BLM, a boutique language model
+
+A decoder of the Llama family with {parameters} parameters that writes short stories for small children. It was trained from
+scratch with the preset `{preset}` of the project that this folder belongs to.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("release"), AutoModelForCausalLM.from_pretrained("release")
+print(tokenizer.decode(model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=200)[0]))
+```
+
+Without transformers: `python -m blm_core generate --prompt "{prompt}"`.
+
+## Data
+
+{stories} stories, {megabytes} MB, of the TinyStories data set (Eldan and Li 2023; its card names the licence
+CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` shows. Validation stories were never trained on.
+
+## Recipe
+
+{layers} layers of width {width}, {heads} query heads on {kv_heads} key/value heads, context {context}, {pieces} pieces.
+{tokens} tokens in {steps} steps ({epochs} epochs), {optimizer}, learning rate {learning_rate:g}, weight decay {decay:g},
+dropout {dropout:g}; {minutes} minutes on {device}, PyTorch {torch}, {dtype}. All settings: `runs/{preset}/config.json`.
+
+## Scores
+
+{bits} bits per byte on {scored} stories ({split}), each scored alone, 95 % bootstrap interval over stories [{low}, {high}];
+their text was normalised as for training. {evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
+
+## Limits
+
+It knows the world of its stories and nothing else: no facts, no instructions, no other language, nothing longer than its
+context of {context} tokens. It loses track of who holds what, and its endings can come from nowhere. Nobody has checked
+what it may say that a child should not read.
+
+## Ten samples, not picked
+
+The first ten after "{prompt}", temperature {temperature:g}, top-p {top_p:g}, seed {seed}.
+
+{samples}
+"""
 
 
 class PublishError(RuntimeError):
@@ -34,13 +93,13 @@ def record(preset: Preset, section: str, /, **values: str) -> None:
 
 
 def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """A table in Markdown, which Quarto sets natively in HTML and PDF; all but the first column stand to the right.
+    """A table in Markdown, which Quarto sets natively in HTML and PDF: the first column to the left, others to the right.
 
     Where the table is wider than the page, columns share it like the dashes below the header: by their longest cell.
     """
     lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [min(max(map(len, column), default=3), WIDEST_CELL) for column in zip(*lines, strict=True)]
-    dashes = ["-" * max(3, width) + ":" * (i > 0) for i, width in enumerate(widths)]
+    dashes = [f"{'-' * max(3, width)}:" if i else f":{'-' * max(3, width)}" for i, width in enumerate(widths)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], dashes, *lines[1:]))
 
 
@@ -63,33 +122,41 @@ def _yaml(text: str) -> str:
 
 
 def publish(preset: Preset, root: Path = ROOT) -> None:
-    """Move what the executed notebooks of `preset` made into the project below `root`.
+    """Move what the executed notebooks of `preset` made into the project below `root`, and write what is made from it.
 
     Raises PublishError, before anything is changed, where a notebook was not executed to its end or the run is not finished.
     """
     executed = {name: _executed(preset.folder / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
-    run = preset.folder / "run"
+    run, figures, release = preset.folder / "run", root / "figures", root / "release"
     missing = [name for name in (*RUN_FILES, "model/config.json") if not (run / name).is_file()]
     if missing:
         raise PublishError(f"{run} holds no finished run: {', '.join(missing)} not found. Run 04_train first.")
+    heads = preset.folder / "heads.json"
+    if not heads.is_file():
+        raise PublishError(f"{heads} is missing; run 06_inside first.")
     write_variables(preset, root)
-    shutil.rmtree(root / "figures", ignore_errors=True)
+    shutil.rmtree(figures, ignore_errors=True)
     for name, notebook in executed.items():
         for cell in notebook["cells"]:
             clear_for_publication(cell)
-            _save_figure(cell, root / "figures")
+            _save_figure(cell, figures)
         write_json(root / "notebooks" / f"{name}.ipynb", notebook)
     for name in RUN_FILES:
         _copy(run / name, root / "runs" / preset.name / name)
     for path in sorted((run / "model").iterdir()):
-        _copy(path, root / "release" / path.name)
+        _copy(path, release / path.name)
+    _copy(heads, figures / "heads.json")
+    page.write_story(release, figures / "story.md")
+    with written_aside(release / "README.md") as aside:
+        aside.write_text(model_card(preset, *load_model(release), root), encoding="utf-8")
 
 
 def clear_for_publication(cell: dict) -> None:
     """Clear the outputs that show source text, and progress bars, times and this machine's paths wherever they stand."""
     if cell["cell_type"] != "code":
         return
-    if SOURCE_TEXT in cell["metadata"].get("tags", []):
+    tags = cell["metadata"].get("tags", [])
+    if SOURCE_TEXT in tags and OWN_RUN not in tags:
         cell["outputs"] = []
     cell["outputs"] = [out for out in cell["outputs"] if out.get("name") != "stderr"]
     for output in cell["outputs"]:
@@ -125,3 +192,42 @@ def _save_figure(cell: dict, folder: Path) -> None:
 def _copy(source: Path, target: Path) -> None:
     with written_aside(target) as aside:
         shutil.copyfile(source, aside)
+
+
+def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root: Path = ROOT) -> str:
+    """The card in Markdown, from what the notebooks of `preset` have recorded; `model` writes the samples."""
+    results, sampling = read_json(preset.folder / "results.json"), Sampling()
+    evaluated = evaluations(root / "runs" / preset.name / "evaluate.jsonl")
+    data, shape, run, compared = (results[name] for name in ("data", "model", "train", "compare"))
+    texts = complete(model, tokenizer, [PROMPT] * SAMPLES, sampling)
+    samples = [" ".join(f"{PROMPT}{text}".split()) for text in texts]
+    return CARD.format(
+        parameters=shape["parameters"],
+        preset=preset.name,
+        prompt=PROMPT,
+        stories=data["train_stories"],
+        megabytes=data["train_megabytes"],
+        **{name: shape[name] for name in ("layers", "width", "heads", "kv_heads", "context")},
+        pieces=results["tokenizer"]["pieces"],
+        **{name: run[name] for name in ("tokens", "steps", "epochs", "minutes", "device", "torch", "dtype")},
+        optimizer="Muon and AdamW" if preset.train.optimizer == "muon" else "AdamW",
+        learning_rate=preset.train.learning_rate,
+        decay=preset.train.weight_decay,
+        dropout=preset.model.dropout,
+        bits=compared["bits_per_byte"],
+        scored=compared["stories"],
+        split=compared["split"],
+        evaluated=f"As it stands in the files, by `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
+        low=compared["low"],
+        high=compared["high"],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        seed=sampling.seed,
+        samples="\n".join(f"{number}. {text}" for number, text in enumerate(samples, 1)),
+    )
+
+
+def evaluations(path: Path) -> list[str]:
+    """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return [f"{x['text']} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories" for x in lines]
