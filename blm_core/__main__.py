@@ -2,12 +2,16 @@
 
 import argparse
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
 from blm_core import config as configuration
 from blm_core.config import ROOT, ConfigError, Preset
 from blm_core.files import read_json
+
+BEGINNING = "Once upon a time"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     command("summary", _summary, "Print what a run of the notebooks found.", preset=True)
 
     generate = command("generate", _generate, "Write stories.")
-    generate.add_argument("--prompt", default="Once upon a time")
+    generate.add_argument("--prompt", help=f"the beginning (default: standard input if piped, else {BEGINNING!r})")
     generate.add_argument("--n", type=int, default=1, help="how many stories")
     generate.add_argument("--temperature", type=float, default=0.8)
     generate.add_argument("--top-k", type=int, default=0)
@@ -89,14 +93,23 @@ def _generate(args) -> None:
         raise ConfigError(f"--n {args.n} must be at least 1.")
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
     model, tokenizer = load_model(args.model, args.device)
+    prompt = _piped() if args.prompt is None else args.prompt
     if args.n == 1:
-        print(args.prompt, end="", flush=True)
-        for text in stream(model, tokenizer, args.prompt, sampling):
+        print(prompt, end="", flush=True)
+        for text in stream(model, tokenizer, prompt, sampling):
             print(text, end="", flush=True)
         print()
         return
-    for i, text in enumerate(complete(model, tokenizer, [args.prompt] * args.n, sampling), 1):
-        print(f"--- {i} ---\n{args.prompt}{text}")
+    for i, text in enumerate(complete(model, tokenizer, [prompt] * args.n, sampling), 1):
+        print(f"--- {i} ---\n{prompt}{text}")
+
+
+def _piped() -> str:
+    """Standard input without its last newline where it is a pipe or a file, else BEGINNING."""
+    kind = os.fstat(sys.stdin.fileno()).st_mode
+    if stat.S_ISFIFO(kind) or stat.S_ISREG(kind):
+        return sys.stdin.read().removesuffix("\n")
+    return BEGINNING
 
 
 def _evaluate(args) -> None:

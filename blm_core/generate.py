@@ -69,10 +69,11 @@ def next_tokens(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits / sampling.temperature
-    kept, tokens = logits.topk(min(sampling.top_k or SHORTLIST, logits.shape[-1]))  # from the likeliest on
+    size = min(sampling.top_k or SHORTLIST, logits.shape[-1])
+    kept, tokens = logits.topk(size)  # from the likeliest on
     whole = (kept if sampling.top_k else logits).logsumexp(-1, keepdim=True)
     probabilities = (kept - whole).exp()
-    if not sampling.top_k and (probabilities.sum(-1) < sampling.top_p).any():  # the shortlist is too short
+    if not sampling.top_k and (probabilities.sum(-1) < sampling.top_p).any():  # too short a list
         kept, tokens = logits.sort(-1, descending=True)
         probabilities = (kept - whole).exp()
     before = probabilities.cumsum(-1) - probabilities  # mass of the likelier tokens

@@ -82,7 +82,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor | None, sin: Tensor | None, mask: Tensor | None, cache: KeyValueCache | None
+        self,
+        x: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        mask: Tensor | None,
+        cache: KeyValueCache | None,
     ) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, D)
@@ -93,14 +98,16 @@ class Attention(nn.Module):
         past = 0
         if cache is not None:
             past = cache.length
-            k, v = (kept.to(q.dtype) for kept in cache.update(self.layer, k, v))  # (B, K, past + T, D)
-            if past and T > 1:  # the causal mask of the kernel starts at the first key, not at the first new one
+            k, v = (kept.to(q.dtype) for kept in cache.update(self.layer, k, v))
+            if past and T > 1:  # the kernel's causal mask starts at the first key
                 mask = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past)
         group = self.n_heads // self.n_kv_heads
         if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, H, past + T, D)
-        # No dropout on attention weights: it would force the slow kernel, which stores all T x T of them.
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None and not past and T > 1)
+            k = k.repeat_interleave(group, dim=1)  # (B, H, past + T, D)
+            v = v.repeat_interleave(group, dim=1)
+        # No dropout on attention weights: it would force the kernel that stores all T x T of them.
+        causal = mask is None and not past and T > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
@@ -217,6 +224,9 @@ class LanguageModel(nn.Module):
         else:
             x = x + self.model["embed_positions"].weight[past : past + T]
         if stories is not None:
+            # Made once, read by all layers. On a GPU the flash kernel takes no mask; the memory-efficient one does (since
+            # PyTorch 2.1), and the heads share it by a stride of 0; where T is no multiple of 8 it is copied. In eager
+            # mode each layer writes it anew as numbers in the type of the queries, 2 B T^2 bytes in bfloat16.
             same = stories[:, :, None] == stories[:, None, :]
             mask = (same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril())[:, None]  # (B, 1, T, T)
         if self.training and self.config.dropout:

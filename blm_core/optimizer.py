@@ -21,9 +21,9 @@ RMS_OF_ADAMW = 0.2  # root mean square of a typical AdamW step over its learning
 
 @torch.no_grad()
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (N, rows, columns) with their singular values moved towards 1, by a quintic Newton-Schulz iteration.
+    """Matrices (N, rows, columns) with singular values moved towards 1 by Newton-Schulz steps.
 
-    The coefficients are Jordan's: they bring singular values into about 0.7 to 1.2 quickly rather than to 1 exactly.
+    Jordan's coefficients bring singular values quickly into about 0.7 to 1.2, rather than to 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.to(torch.bfloat16 if fast_bfloat16(matrices.device) else torch.float32)
@@ -52,12 +52,14 @@ class Muon(torch.optim.Optimizer):
                     alike[weight.shape].append(weight)
             for (rows, columns), weights in alike.items():
                 gradients = [w.grad for w in weights]
-                momenta = [self.state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
+                state = self.state
+                momenta = [state[w].setdefault("momentum", torch.zeros_like(w)) for w in weights]
                 torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
                 updates = orthogonalise(torch.stack(ahead)).unbind()
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, updates, alpha=-group["lr"] * RMS_OF_ADAMW * math.sqrt(max(rows, columns)))
+                size = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(rows, columns))
+                torch._foreach_add_(weights, updates, alpha=-size)
 
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:

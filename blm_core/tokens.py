@@ -153,7 +153,7 @@ NOT_SCORED = -100  # target of padding, which cross_entropy passes over
 
 
 def pack(lengths: np.ndarray, seq_len: int) -> list[tuple[tuple[int, ...], int]]:
-    """How to fill windows of `seq_len` with pieces of the given lengths: (lengths in one window, number of such windows)."""
+    """How to fill windows of `seq_len`: lengths in one window, and how many such windows."""
     counts = np.bincount(lengths, minlength=seq_len + 1)
     patterns = []
     while (left := np.flatnonzero(counts)).size:
@@ -205,16 +205,17 @@ class Batches:
         return rng.permutation(self.windows_per_epoch), piece
 
     def window(self, i: int) -> np.ndarray:
-        """Window `i` of the endless sequence: inputs, targets and the number of the story in the window, (3, seq_len).
+        """Window `i` of the endless sequence: inputs, targets, number of the story, (3, seq_len).
 
-        The target of a story's last token is the token that ends it. Padding repeats that token and is not scored.
+        A story's last token has the token that ends it as target; padding is not scored.
         """
         epoch, i = divmod(i, self.windows_per_epoch)
         order, pieces = self._epoch(epoch)
         out = np.full((3, self.seq_len), NOT_SCORED, dtype=np.int64)
         end = 0
         for number, piece in enumerate(pieces[self._first[order[i]] : self._first[order[i] + 1]]):
-            story, start, length = self.stories[int(self._story[piece])], self._start[piece], self._length[piece]
+            story = self.stories[int(self._story[piece])]
+            start, length = self._start[piece], self._length[piece]
             at = slice(end, end + length)
             out[0, at] = story[start : start + length]
             follow = story[start + 1 : start + length + 1]

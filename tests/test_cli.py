@@ -90,9 +90,24 @@ def test_several_stories_are_numbered_and_differ_and_can_be_repeated(blm, model)
     assert blm(*arguments)[1] == out
 
 
+def test_the_beginning_is_read_from_a_pipe_or_a_file_unless_it_is_given(blm, model, tmp_path, monkeypatch):
+    told = blm("generate", "--model", model, "--prompt", "One day\nLily", "--max-tokens", 9)
+    (tmp_path / "beginning.txt").write_text("One day\nLily\n")
+    reading, writing = os.pipe()
+    os.write(writing, b"One day\nLily\n")
+    os.close(writing)
+    for source in (reading, tmp_path / "beginning.txt"):
+        with open(source) as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            assert blm("generate", "--model", model, "--max-tokens", 9) == told
+    with open(os.devnull) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert blm("generate", "--model", model, "--max-tokens", 9)[1].startswith(cli.BEGINNING)
+
+
 def test_temperature_zero_and_one_token_are_the_same_choice(blm, model):
-    greedy = blm("generate", "--model", model, "--temperature", 0)
-    assert greedy == blm("generate", "--model", model, "--top-k", 1, "--seed", 9)
+    greedy = blm("generate", "--model", model, "--prompt", "One day", "--temperature", 0)
+    assert greedy == blm("generate", "--model", model, "--prompt", "One day", "--top-k", 1, "--seed", 9)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +122,7 @@ def test_temperature_zero_and_one_token_are_the_same_choice(blm, model):
     ],
 )
 def test_settings_of_sampling_that_make_no_sense_are_refused_in_one_line(blm, model, arguments, named):
-    code, _, error = blm("generate", "--model", model, *arguments)
+    code, _, error = blm("generate", "--model", model, "--prompt", "One day", *arguments)
     assert code == 1
     assert len(error.strip().splitlines()) == 1
     assert named in error
