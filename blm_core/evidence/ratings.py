@@ -13,7 +13,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -559,7 +559,8 @@ class Ratings:
         found.append(_line("stories that hang together, own decoding", self.share_difference(arm=OWN), len(self.arm(OWN))))
         for criterion in CRITERIA:
             both = [[t.mark(criterion) for t in self.arm(arm)] for arm in (SAME, XL)]
-            found.append(_line(f"{criterion}, BLM minus GPT2-XL", _difference(*both), len(both[0]), "marks"))
+            marks = _line(f"{criterion}, BLM minus GPT2-XL", _difference(*both), len(both[0]), "marks")
+            found.append(replace(marks, verdict="no decision"))  # the protocol reports mean marks without one
         rungs = self.rungs().values()
         for rung in RUNGS:
             both = [[np.mean([of[arm].mark(c) for c in CRITERIA]) for of in rungs] for arm in (OWN, rung)]
