@@ -99,10 +99,8 @@ def sample_tokens(
     device = model.device
     uniform = uniforms(prompts, numbers or sample_numbers(prompts), sampling.seed, model.config.seq_len).to(device)
     cache = KeyValueCache(model.config, len(prompts), device)
-    left = torch.tensor([sampling.max_tokens or model.config.seq_len] * len(prompts), device=device)
-    given = torch.full((len(prompts), longest), -1, device=device)
-    for row, prompt in enumerate(prompts):
-        given[row, : len(prompt)] = torch.tensor(prompt, device=device)
+    left = torch.full((len(prompts),), sampling.max_tokens or model.config.seq_len, device=device)
+    given = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts]).to(device)
     logits = model(given[:, :shortest], cache=cache)[:, -1]
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
     for position in range(shortest, model.config.seq_len):

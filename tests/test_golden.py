@@ -21,7 +21,8 @@ def recorded_keys() -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         for cell in json.loads(path.read_text())["cells"]:
-            source = "".join(line for line in cell["source"] if not line.startswith("%"))
+            lines = "".join(cell["source"]).splitlines(keepends=True)
+            source = "".join(line for line in lines if not line.startswith("%"))
             for node in ast.walk(ast.parse(source)) if cell["cell_type"] == "code" else []:
                 if isinstance(node, ast.Call) and ast.unparse(node.func) == "publish.record":
                     found.setdefault(ast.literal_eval(node.args[1]), set()).update(

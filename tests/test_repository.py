@@ -61,6 +61,11 @@ def test_notebook_outputs_hold_no_error_and_no_folder_of_the_machine_they_were_m
 
 
 @every_notebook
+def test_the_first_code_cell_says_which_preset_was_taken_and_why(name):
+    assert "print(config.introduce(preset))" in source(CODE_CELLS[name][0])
+
+
+@every_notebook
 def test_notebook_has_cells_whose_output_is_compared(name):
     checked = [cell for cell in CODE_CELLS[name] if CHECKED in source(cell)]
     assert checked

@@ -39,6 +39,7 @@ from blm_core.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise
 GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}  # the rest of GPT-2's configuration is transformers' default
+GPT2_XL_PARAMETERS = 1_557_611_200  # counted on that configuration, the tied embedding once
 LONGEST_CONTEXT = 2048  # tokens: stories are shorter, and a batch of logits has to fit into memory
 # GPT2-XL on TinyStories text: lower-cased and joined (ex7remum/TinyStoriesLM), and the mean perplexity of 500 single stories in
 # their own case (kkorolev1/deep-learning-2).

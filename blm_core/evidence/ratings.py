@@ -563,7 +563,7 @@ class Ratings:
         rungs = self.rungs().values()
         for rung in RUNGS:
             both = [[np.mean([of[arm].mark(c) for c in CRITERIA]) for of in rungs] for arm in (OWN, rung)]
-            gap = paired_difference(*both) if both[0] else _NONE
+            gap = paired_difference(*both) if both[0] else NOTHING
             found.append(_line(f"mean mark, BLM minus {rung}", gap, len(both[0]), "marks"))
         return found
 
@@ -620,7 +620,7 @@ class Ratings:
         return found
 
 
-_NONE = Interval(math.nan, math.nan, math.nan)
+NOTHING = Interval(math.nan, math.nan, math.nan)
 
 
 def _first(texts: Sequence[Rated]) -> list[Rated]:
@@ -648,7 +648,7 @@ def _points(preferred: str, side: str) -> float:
 
 
 def _mean(values: Sequence[float]) -> Interval:
-    return mean_interval(values) if len(values) else _NONE
+    return mean_interval(values) if len(values) else NOTHING
 
 
 def _average(values: Sequence[float]) -> float:
@@ -656,7 +656,7 @@ def _average(values: Sequence[float]) -> float:
 
 
 def _difference(a: Sequence[float], b: Sequence[float]) -> Interval:
-    return difference_interval(a, b) if len(a) and len(b) else _NONE
+    return difference_interval(a, b) if len(a) and len(b) else NOTHING
 
 
 def _line(name: str, gap: Interval, n: int, unit: str = "points of 100") -> Line:
@@ -696,5 +696,5 @@ def earlier_by_kind(evidence: Path, other: str = "gpt2-xl") -> dict[str, dict]:
             "ties": points.count(0.5),
             "losses": points.count(0.0),
         }
-        found[kind]["rate"] = _mean([float(np.mean(own)) for own in prompts.values()])
+        found[kind]["rate"] = _mean([float(np.mean(prompts[prompt])) for prompt in sorted(prompts)])
     return found
