@@ -61,9 +61,11 @@ def test_the_smoke_preset_makes_the_recorded(made, what):
 
 
 def test_the_smoke_preset_repeats_the_recorded_losses(made):
-    # Exact to six digits within one version of PyTorch; another version and another processor round differently.
-    for what in ("losses", "validation_bits_per_byte", "bits_per_byte"):
-        assert made[what] == pytest.approx(GOLDEN[what], rel=2e-4), what
+    # Exact to six digits within one version of PyTorch; another version and another processor round differently, and the
+    # differences grow until the end of the run, where 2.1.2 gives bits per byte of 2.2949 beside the recorded 2.2944.
+    assert made["losses"] == pytest.approx(GOLDEN["losses"], rel=2e-4)
+    for what in ("validation_bits_per_byte", "bits_per_byte"):
+        assert made[what] == pytest.approx(GOLDEN[what], rel=1e-3), what
 
 
 def test_the_smoke_preset_repeats_its_own_losses_exactly(made, smoke, tmp_path):
