@@ -196,5 +196,7 @@ def test_any_recorded_text_is_the_same_after_a_yaml_reader(smoke, tmp_path, text
     assert found == {"samples": {"story": text, "layers": "3"}}
 
 
-def test_a_table_has_one_line_per_row_the_first_column_left_and_numbers_right():
-    assert publish.markdown_table(("kind", "count"), [("a|b", 3)]) == "| kind | count |\n| :---- | -----: |\n| a\\|b | 3 |"
+def test_a_table_has_one_line_per_row_text_left_and_numbers_right():
+    table = publish.markdown_table(("kind", "count", "story"), [("a|b", 3, "once"), ("c", "1.5 [1, 2]", "2 cats")])
+    assert table.splitlines()[1] == "| :---- | ----------: | :------ |"
+    assert table.splitlines()[2:] == ["| a\\|b | 3 | once |", "| c | 1.5 [1, 2] | 2 cats |"]

@@ -26,6 +26,10 @@ NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]") 
 WIDEST_CELL = 40  # characters; longer cells are broken
 PROMPT = "Once upon a time"
 SAMPLES = 10
+# what stands to the right in a table
+NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|\u2013|")
+    r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|–|"
+)  # what stands to the right in a table
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
 
 
@@ -93,13 +97,17 @@ def record(preset: Preset, section: str, /, **values: str) -> None:
 
 
 def markdown_table(header: tuple, rows: list[tuple]) -> str:
-    """A table in Markdown, which Quarto sets natively in HTML and PDF: the first column to the left, others to the right.
+    """A table in Markdown, which Quarto sets natively in HTML and PDF: columns of numbers to the right, others to the left.
 
     Where the table is wider than the page, columns share it like the dashes below the header: by their longest cell.
     """
     lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
     widths = [min(max(map(len, column), default=3), WIDEST_CELL) for column in zip(*lines, strict=True)]
-    dashes = [f"{'-' * max(3, width)}:" if i else f":{'-' * max(3, width)}" for i, width in enumerate(widths)]
+    numeric = [bool(rows) and all(map(NUMBER.fullmatch, column[1:])) for column in zip(*lines, strict=True)]
+    dashes = [
+        f"{'-' * max(3, width)}:" if i and right else f":{'-' * max(3, width)}"
+        for i, (width, right) in enumerate(zip(widths, numeric, strict=True))
+    ]
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], dashes, *lines[1:]))
 
 
