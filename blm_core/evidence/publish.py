@@ -28,8 +28,6 @@ PROMPT = "Once upon a time"
 SAMPLES = 10
 # what stands to the right in a table
 NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|\u2013|")
-    r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|–|"
-)  # what stands to the right in a table
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
 
 
