@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     evaluate = command("evaluate", _evaluate, "Print bits per byte of a text, <|endoftext|> between stories.")
     evaluate.add_argument("--text", type=Path, required=True)
-    evaluate.add_argument("--normalise", action="store_true", help="repair and fold the text first, as for training")
+    evaluate.add_argument("--normalise", action="store_true", help="fold typography and white space first")
     evaluate.add_argument("--json", action="store_true")
     for sub in (generate, evaluate):
         sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")

@@ -340,7 +340,7 @@ def test_the_embedded_sample_is_varied_and_in_the_archives_format():
     assert len(WHOLE) >= 200
     for record in WHOLE:
         assert set(record["instruction"]) == {"prompt:", "words", "features"}
-        assert set(record["instruction"]["words"]) <= set(clean.words(clean.normalise(record["story"])[0]))
+        assert set(record["instruction"]["words"]) <= set(clean.words(clean.normalise(record["story"])))
     assert {feature for record in WHOLE for feature in record["instruction"]["features"]} == FEATURES
     sets = [runs(record["story"]) for record in WHOLE]
     assert all(len(a & b) < 0.1 * len(a | b) for i, a in enumerate(sets) for b in sets[:i])
@@ -349,10 +349,11 @@ def test_the_embedded_sample_is_varied_and_in_the_archives_format():
 def test_smoke_keeps_every_whole_story_of_the_sample_and_meets_every_kind_of_fault(smoke):
     manifest = prepare(smoke.data, smoke.folder / "data")
     kept = keys(smoke.folder / "data", "train") | keys(smoke.folder / "data", "validation")
-    assert kept == {clean.story_key(clean.normalise(record["story"])[0]) for record in WHOLE}
+    assert kept == {clean.story_key(clean.normalise(record["story"])) for record in WHOLE}
     assert manifest["read"] == len(SAMPLE) == len(kept) + sum(manifest["drops"].values())
     for drop in ("no story", "empty", "too short", "cut off", "foreign characters", "repeats another story"):
         assert manifest["drops"][drop]
-    assert all(manifest["repairs"].values())
+    assert manifest["repairs"]["mojibake repaired"]
+    assert manifest["repairs"]["white space tidied"]
     assert manifest["stories"]["validation"] == pytest.approx(PRESETS["smoke"].data.validation_share * len(kept), rel=0.5)
     assert data.split_hash(read_split(smoke.folder / "data", "validation")) == manifest["split_hash"]

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     score = command("score", _score, "Write bits of every story under a model to a JSON-lines file; continues a broken one.")
     score.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
     score.add_argument("--text", type=Path, required=True, help="stories with <|endoftext|> between them")
-    score.add_argument("--normalise", action="store_true", help="repair and fold the text first, as for training")
+    score.add_argument("--normalise", action="store_true", help="fold typography and white space first")
     score.add_argument("--stories", type=int, help="only the first so many")
     score.add_argument("--out", type=Path, required=True)
 

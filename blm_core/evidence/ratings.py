@@ -93,7 +93,7 @@ class Text:
 
 def treated(text: str) -> str:
     """One line in ASCII typography, case kept, cut after the last full stop (the whole line where there is none)."""
-    line = " ".join(normalise(text)[0].split())
+    line = " ".join(normalise(text).split())
     ends = [match.end() for match in SENTENCE_END.finditer(line)]
     return line[: ends[-1]] if ends else line
 
