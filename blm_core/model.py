@@ -21,7 +21,7 @@ from blm_core.config import ModelConfig
 
 
 class RMSNorm(nn.Module):
-    """Scale to unit root mean square, in float32, then by a learned gain (Zhang and Sennrich 2019)."""
+    """Scale to unit root mean square, in float32, then by a learned gain (Zhang and Sennrich 2019); in the type of `x`."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
@@ -31,7 +31,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        return (self.weight * wide).to(x.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
@@ -164,7 +164,9 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, cos, sin, mask=None, cache=None, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
-        x = x + dropped(self.self_attn(self.input_layernorm(x), cos, sin, mask, cache), noise[0], self.dropout)
+        y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+        # Under autocast y is bfloat16, and so is the residual stream from here on: half the memory traffic at the same loss.
+        x = x.to(y.dtype) + dropped(y, noise[0], self.dropout)
         return x + dropped(self.mlp(self.post_attention_layernorm(x)), noise[1], self.dropout)
 
 
@@ -244,6 +246,24 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.cos.device
+
+
+class Distilled(nn.Module):
+    """The loss of a model that learns from its teachers' mean prediction beside the text itself (Hinton et al. 2015)."""
+
+    def __init__(self, student: LanguageModel, teachers: list[LanguageModel], weight: float):
+        super().__init__()
+        self.student, self.teachers, self.weight = student, nn.ModuleList(teachers).requires_grad_(False), weight
+
+    def forward(self, tokens: Tensor, targets: Tensor, stories: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """The cross-entropy in nats: 1 - weight of that with `targets`, weight of that with the teachers' mean."""
+        logits = self.student(tokens, stories=stories, noise=noise)
+        with torch.no_grad():
+            taught = sum(teacher(tokens, stories=stories).softmax(-1) for teacher in self.teachers) / len(self.teachers)
+        scored = (targets >= 0).float()
+        from_teachers = -((taught * logits.log_softmax(-1)).sum(-1) * scored).sum() / scored.sum()
+        from_text = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return (1 - self.weight) * from_text + self.weight * from_teachers
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

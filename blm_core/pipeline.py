@@ -3,6 +3,7 @@
 build/<preset>/data       stories, split          01_data
 build/<preset>/tokenizer  the vocabulary          02_tokenizer
 build/<preset>/tokens     encoded stories         02_tokenizer
+build/<preset>/teachers   runs of its teachers    04_train, where the preset has some
 build/<preset>/run        the training run        04_train
 """
 
@@ -36,9 +37,13 @@ def tokens(preset: Preset) -> dict:
 
 
 def run(preset: Preset) -> dict:
-    """The training run, after `tokens`; its summary."""
+    """The training run, after `tokens` and those of its teachers; its summary."""
     tokens(preset)
-    return train.train(preset, preset.folder / "tokens", tokenizer(preset), preset.folder / "run")
+    encoded, vocabulary = preset.folder / "tokens", tokenizer(preset)
+    teachers = [preset.folder / "teachers" / str(number) for number in range(len(preset.teachers))]
+    for number, folder in enumerate(teachers):
+        train.train(preset.teacher(number), encoded, vocabulary, folder)
+    return train.train(preset, encoded, vocabulary, preset.folder / "run", teachers=teachers)
 
 
 def _stories(preset: Preset) -> dict:

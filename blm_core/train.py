@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from blm_core.checkpoint import llama_config, load_state, save_model, save_state
+from blm_core.checkpoint import llama_config, load_model, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.evaluate import ratio_interval, story_bits
-from blm_core.files import read_json, write_json, written_aside
+from blm_core.files import read_json, sha256, write_json, written_aside
 from blm_core.hardware import PowerSampler, device_name, memory, mfu, precision, resolve_dtype
-from blm_core.model import LanguageModel, dropout_bytes, flops_per_token
+from blm_core.model import Distilled, LanguageModel, dropout_bytes, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers, restore
 from blm_core.tokenizer import Tokenizer
 from blm_core.tokens import NOT_SCORED, Batches, TokenStories
@@ -139,9 +140,12 @@ def _processes(device: str):
             dist.destroy_process_group()
 
 
-def train(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool = True) -> dict:
+def train(
+    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool = True, teachers: Sequence[Path] = ()
+) -> dict:
     """Train `preset`'s model on the encoded stories in `tokens`; returns the run's summary, made now or found.
 
+    `teachers` are the folders of finished runs whose mean prediction it learns from, `train.teacher_weight` of the loss.
     Without `keep_model` only the text files of the finished run stay: configuration, metrics and summary.
     Raises RunError where `folder` holds another configuration's run, DivergedError where the loss is not finite, and
     CheckpointError, before the first step, where the model is one that cannot be kept.
@@ -149,23 +153,24 @@ def train(preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep
     folder = Path(folder)
     if keep_model:
         llama_config(preset.model, tokenizer.eot)
-    identity = _identity(preset, tokens, tokenizer)
+    identity = _identity(preset, tokens, tokenizer, teachers)
     _claim(folder, identity)
     summary = read_json(folder / "summary.json")
     if summary:
         return summary
     with _processes(preset.train.device) as processes, _interruption() as signals:
-        return _run(preset, tokens, tokenizer, folder, keep_model, processes, signals)
+        return _run(preset, tokens, tokenizer, folder, teachers, keep_model, processes, signals)
 
 
-def _identity(preset: Preset, tokens: Path, tokenizer: Tokenizer) -> dict:
+def _identity(preset: Preset, tokens: Path, tokenizer: Tokenizer, teachers: Sequence[Path]) -> dict:
     """What the result of the run depends on."""
     manifest = read_json(Path(tokens) / "manifest.json")
     if manifest is None:
         raise RunError(f"{tokens} holds no encoded stories; run 01_data and 02_tokenizer first.")
     train_config = {k: v for k, v in to_dict(preset.train).items() if k not in FREE}
     data = {"tokenizer": tokenizer.hash, "tokens": manifest["tokens"], "bytes": manifest["bytes"]}
-    return json.loads(json.dumps({"model": to_dict(preset.model), "train": train_config, "data": data}))
+    taught = {"teachers": [sha256(folder / "summary.json") for folder in teachers]} if teachers else {}
+    return json.loads(json.dumps({"model": to_dict(preset.model), "train": train_config, "data": data | taught}))
 
 
 def _claim(folder: Path, identity: dict) -> None:
@@ -242,7 +247,14 @@ class Run:
 
 
 def _run(
-    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool, here: Processes, signals: list
+    preset: Preset,
+    tokens: Path,
+    tokenizer: Tokenizer,
+    folder: Path,
+    teachers: Sequence[Path],
+    keep_model: bool,
+    here: Processes,
+    signals: list,
 ) -> dict:
     config, device = preset.train, here.device
     if config.batch_size % (config.micro_batch_size * here.world_size):
@@ -261,7 +273,11 @@ def _run(
     _require_same_step(run.step, folder, here)
     used = {"device": device_name(device), "dtype": resolve_dtype(device, config.dtype), "processes": here.world_size}
     run.stretches.append({"from_step": run.step, **used, "torch": str(torch.__version__)})
-    loss_of = _compiled(run.model, preset, device) if config.compile else run.model
+    loss_of = run.model
+    if teachers:
+        loss_of = Distilled(run.model, [load_model(path / "model", device)[0] for path in teachers], config.teacher_weight)
+    if config.compile:
+        loss_of = _compiled(loss_of, preset, device)
     if here.world_size > 1:
         loss_of = DistributedDataParallel(loss_of, device_ids=[device.index] if device.type == "cuda" else None)
 
@@ -410,7 +426,7 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
     return total, norm
 
 
-def _compiled(model: LanguageModel, preset: Preset, device: torch.device):
+def _compiled(model: torch.nn.Module, preset: Preset, device: torch.device):
     """The compiled model, tried on one micro-batch. Without a working compiler: a warning on a CPU, else RunError."""
     try:
         tokens = torch.zeros(preset.train.micro_batch_size, preset.model.seq_len, dtype=torch.int64, device=device)

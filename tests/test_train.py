@@ -1,6 +1,7 @@
 """Training: the same loss curve however it is cut, killed or shared, and errors that say where a run stands."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from blm_core import config, train
+from blm_core import config, pipeline, train
 from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model, save_state
 from blm_core.config import ConfigError, Preset
 from blm_core.files import read_json, write_json
 from blm_core.hardware import resolve_dtype
-from blm_core.model import LanguageModel
+from blm_core.model import Distilled, LanguageModel
 from blm_core.optimizer import learning_rate, make_optimizers
 from blm_core.train import DivergedError, RunError
 
@@ -96,8 +97,9 @@ def test_a_run_writes_metrics_a_model_and_a_summary(run, smoke, tmp_path):
         assert line["tokens_per_second"] > 0
         assert 0 <= line["data_share"] <= 1
         assert line["memory_gb"] > 0
-        assert line["mfu"] is None  # nobody states a processor's peak
-        assert line["power_w"] is None
+        if not torch.cuda.is_available():
+            assert line["mfu"] is None  # nobody states a processor's peak
+            assert line["power_w"] is None
     for line in evaluated:
         assert line.keys() == {"step", "tokens", "validation_bits_per_byte", "low", "high"}
         assert 0 < line["low"] <= line["validation_bits_per_byte"] <= line["high"]
@@ -259,19 +261,19 @@ def test_each_stretch_of_a_run_says_what_it_was_computed_with(run, tmp_path):
     summary = run(tmp_path, "train.dtype=auto")
     assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, 5]
     for stretch in summary["stretches"]:
-        assert stretch["dtype"] == resolve_dtype(torch.device("cpu"), "auto")
+        assert stretch["dtype"] == resolve_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "auto")
         assert (stretch["device"], stretch["torch"]) == (summary["device"], torch.__version__)
 
 
 def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, tmp_path):
-    run(tmp_path / "whole")
-    interrupted(run, tmp_path / "parts", step=5)
+    run(tmp_path / "whole", "train.device=cpu")
+    interrupted(run, tmp_path / "parts", "train.device=cpu", step=5)
     path = tmp_path / "parts" / "checkpoint.pt"
     state = load_state(path)
     for group in state["optimizers"][-1]["param_groups"]:
         group["fused"] = True  # as AdamW writes it on CUDA
     save_state(path, state)
-    run(tmp_path / "parts")
+    run(tmp_path / "parts", "train.device=cpu")
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
     assert not any(group["fused"] for group in load_state(path)["optimizers"][-1]["param_groups"])
 
@@ -307,7 +309,7 @@ KILLED = """
 import itertools, json, os, signal, sys, time
 from pathlib import Path
 import torch
-from blm_core import config, train
+from blm_core import config, pipeline, train
 from blm_core.tokenizer import Tokenizer
 
 folder, tokens, vocabulary, settings = sys.argv[1:]
@@ -373,7 +375,7 @@ SHARED = """
 import json, os, signal, sys, threading
 from pathlib import Path
 import torch
-from blm_core import config, train
+from blm_core import config, pipeline, train
 from blm_core.tokenizer import Tokenizer
 
 folder, tokens, vocabulary, settings, stop_in = sys.argv[1:]
@@ -436,7 +438,7 @@ def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in
 def test_micro_batches_that_do_not_divide_the_share_of_a_process_are_refused(smoke, tokenizer, tmp_path):
     here = train.Processes(rank=0, world_size=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="2 processes with micro-batches of 8"):
-        train._run(tiny(smoke), smoke.folder / "tokens", tokenizer, tmp_path, True, here, [])
+        train._run(tiny(smoke), smoke.folder / "tokens", tokenizer, tmp_path, (), True, here, [])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_checkpoint(run, tmp_path):
@@ -489,7 +491,7 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_not_overwritten(run, tmp_pa
 TRAINED = """
 import sys, warnings
 from pathlib import Path
-from blm_core import config, train
+from blm_core import config, pipeline, train
 from blm_core.tokenizer import Tokenizer
 
 folder, tokens, vocabulary, *settings = sys.argv[1:]
@@ -500,9 +502,9 @@ train.train(config.override(config.load("smoke"), settings), Path(tokens), Token
 
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="PyTorch 2.1 takes minutes to notice that there is no compiler")
 def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tmp_path):
-    run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0")
+    run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0", "train.device=cpu")
     places = [str(tmp_path / "compiled"), str(smoke.folder / "tokens"), str(tokenizer.path)]
-    settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true"]
+    settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true", "train.device=cpu"]
     without = {"CXX": "/no/compiler", "CC": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = subprocess.run(
         [sys.executable, "-c", TRAINED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
@@ -557,3 +559,45 @@ def test_trackers_are_not_imported_unless_asked_for(smoke, tokenizer, tmp_path):
     code = TRAINED + "assert not {'wandb', 'torch.utils.tensorboard'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *places, *TINY], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- Teachers
+
+
+def test_the_loss_of_a_taught_model_is_that_of_the_text_and_of_its_teachers_mean_prediction(smoke):
+    preset = tiny(smoke).model
+    student, *teachers = (LanguageModel(preset, seed).eval() for seed in (1, 2, 3))
+    tokens = torch.randint(preset.vocab_size, (2, 9), generator=torch.Generator().manual_seed(4))
+    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[0, 5:] = -100  # padding
+    mean = (teachers[0](inputs).softmax(-1) + teachers[1](inputs).softmax(-1)) / 2
+    towards = -(mean * student(inputs).log_softmax(-1)).sum(-1)[targets >= 0].mean()
+    wanted = 0.25 * student(inputs, targets) + 0.75 * towards
+    taught = Distilled(student, teachers, 0.75)
+    assert torch.allclose(taught(inputs, targets), wanted, rtol=1e-5)
+    taught(inputs, targets).backward()
+    assert all(w.grad is not None for w in student.parameters())
+    assert all(w.grad is None for teacher in teachers for w in teacher.parameters())
+
+
+def test_teachers_are_trained_first_and_a_finished_run_asks_for_none_of_their_weights(smoke, tmp_path, monkeypatch):
+    shutil.copytree(smoke.folder, tmp_path / "smoke")
+    monkeypatch.setenv("BLM_BUILD", str(tmp_path))
+    teachers = "train.seed=2 model.d_model=24,train.seed=3 train.steps=10"
+    preset = tiny(smoke, f"teachers={teachers}", "train.teacher_weight=0.5")
+    summary = pipeline.run(preset)
+    made = preset.folder / "teachers"
+    assert [read_json(made / str(i) / "config.json")["model"]["d_model"] for i in (0, 1)] == [24, 16]
+    assert [read_json(made / str(i) / "summary.json")["steps"] for i in (0, 1)] == [12, 10]
+    assert len(read_json(preset.folder / "run" / "config.json")["data"]["teachers"]) == 2
+    for i in (0, 1):
+        shutil.rmtree(made / str(i) / "model")
+    assert pipeline.run(preset) == summary
+    shutil.rmtree(preset.folder / "run")
+    alone = pipeline.run(dataclasses.replace(preset, teachers=(), train=tiny(smoke).train))
+    assert alone["loss"] != summary["loss"]
+
+
+def test_a_weight_of_teachers_without_teachers_is_refused(smoke):
+    with pytest.raises(ConfigError, match=r"train.teacher_weight = 0.5 .* above 0 with teachers, and 0 without"):
+        tiny(smoke, "train.teacher_weight=0.5")

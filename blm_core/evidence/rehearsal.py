@@ -24,12 +24,13 @@ def rehearse(preset: Preset, device: str = "auto", steps: int = 200, effort: Eff
     Raises ConfigError where the preset's stories are not encoded yet: random tokens tell nothing of a learning rate.
     """
     where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    effort = effort or Effort(compile=preset.train.compile)
+    effort = effort or Effort()
     checks = correctness(preset, where)
     size, tried = micro_batches(preset, where)
     preset = changed(preset, micro_batch_size=size)
-    isolation = _isolation(preset, where, effort)
-    rates = [_trial(preset, where, factor * preset.train.learning_rate, steps) for factor in FACTORS]
+    compile = effort.compile and preset.train.compile
+    isolation = _isolation(preset, where, effort, compile)
+    rates = [_trial(preset, where, factor * preset.train.learning_rate, steps, compile) for factor in FACTORS]
     return {
         "preset": preset.name,
         "device": f"rehearsal {device_name(where)}",
@@ -38,7 +39,7 @@ def rehearse(preset: Preset, device: str = "auto", steps: int = 200, effort: Eff
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "checks": checks,
         "micro_batches": tried,
-        "training": training_rows(preset, where, effort),
+        "training": training_rows(preset, where, effort, tried),
         "ratios": [isolation],
         "trial_steps": steps,
         "learning_rates": rates,
@@ -76,10 +77,10 @@ def correctness(preset: Preset, device: torch.device) -> list[dict]:
     return [{"check": name, "figure": figure, "limit": limit} for name, figure, limit in found]
 
 
-def _isolation(preset: Preset, device: torch.device, effort: Effort) -> dict:
+def _isolation(preset: Preset, device: torch.device, effort: Effort, compile: bool) -> dict:
     with (
-        Loop(changed(preset, isolate_stories=True), device) as isolated,
-        Loop(changed(preset, isolate_stories=False), device) as shared,
+        Loop(changed(preset, isolate_stories=True), device, compile) as isolated,
+        Loop(changed(preset, isolate_stories=False), device, compile) as shared,
     ):
         isolated.run(1), shared.run(1)
         steps = max(1, round(effort.seconds / isolated.run(1)))
@@ -87,12 +88,12 @@ def _isolation(preset: Preset, device: torch.device, effort: Effort) -> dict:
         return by_turns("stories of a window", "tokens/s", *sides, effort.repeats)
 
 
-def _trial(preset: Preset, device: torch.device, rate: float, steps: int) -> dict:
+def _trial(preset: Preset, device: torch.device, rate: float, steps: int, compile: bool) -> dict:
     """The mean loss of the last tenth of `steps` steps at `rate`, on an eighth of the batch; nan where it diverged."""
     batch = max(1, preset.train.batch_size // TRIAL_SHARE)
     micro = math.gcd(batch, preset.train.micro_batch_size)
     warmup = {"steps": steps, "warmup_steps": steps // 10, "learning_rate": rate}
-    with Loop(changed(preset, batch_size=batch, micro_batch_size=micro, **warmup), device) as loop:
+    with Loop(changed(preset, batch_size=batch, micro_batch_size=micro, **warmup), device, compile) as loop:
         if loop.tokens != "own":
             raise ConfigError(
                 f"{preset.folder / 'tokens'} holds no encoded stories, and a learning rate cannot be tried on random ones. "

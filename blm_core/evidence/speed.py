@@ -230,14 +230,16 @@ def micro_batches(preset: Preset, device: torch.device, compile: bool = False) -
     return fastest_micro_batch(preset.train.batch_size, measure)
 
 
-def training_rows(preset: Preset, device: torch.device, effort: Effort) -> list[dict]:
-    """A row of `preset` eager, and one compiled where it asks for that; on CUDA with the fastest micro-batch."""
+def training_rows(preset: Preset, device: torch.device, effort: Effort, tried: list[dict] | None = None) -> list[dict]:
+    """A row of `preset` eager, and one compiled where it asks for that; on CUDA with the fastest micro-batch.
+
+    With `tried`, what `micro_batches` found before, `preset` has the fastest already.
+    """
     row = {"preset": preset.name, "parameters": parameter_counts(preset.model)["total"]}
     row["command"] = f"python -m blm_core.evidence bench --presets {preset.name}"
     if device.type == "cpu" and flops_per_token(preset.model) * preset.tokens_per_step > MOST_FLOPS_ON_CPU:
         return [row | {"not_measured": "its steps are too large for a CPU"}]
-    tried = None
-    if device.type == "cuda":
+    if device.type == "cuda" and tried is None:
         size, tried = micro_batches(preset, device)
         preset = changed(preset, micro_batch_size=size)
     return [
