@@ -128,7 +128,6 @@ FAULTS = {
         [redirected(answer, **STATED) for answer in (cut(CUT, body=OTHER), whole(), whole())],
         [False, True, False],
     ),
-    "a complete part": ([cut(len(BODY), stated=len(BODY) + 9, x_linked_size=len(BODY)), whole()], [False, True]),
     "nothing": ([redirected(whole(), **STATED)], [False]),
 }
 
@@ -149,7 +148,7 @@ def test_a_later_run_resumes_what_a_failed_one_left(server, tmp_path):
     with pytest.raises(DownloadError, match=r"HTTP status 500.*BLM_VALIDATION"):
         fetch(server.url, tmp_path, "BLM_VALIDATION")
     assert len(server.asked) == files.ATTEMPTS
-    assert nothing_but(tmp_path, f"{NAME}.part", f"{NAME}.part.json")
+    assert nothing_but(tmp_path, f"{NAME}.part", f"{NAME}.source")
     left = (tmp_path / f"{NAME}.part").read_bytes()
     assert left
     assert BODY.startswith(left)
@@ -157,6 +156,13 @@ def test_a_later_run_resumes_what_a_failed_one_left(server, tmp_path):
     assert fetch(server.url, tmp_path).read_bytes() == BODY
     assert server.ranges[-1] == f"bytes={len(left)}-"
     assert server.asked[-1]["if-range"] == '"one"'
+
+
+def test_a_complete_part_is_not_asked_for_again(server, tmp_path):
+    server.answers = [whole()]
+    fetch(server.url, tmp_path).rename(tmp_path / f"{NAME}.part")  # as a kill between the two leaves it
+    assert fetch(server.url, tmp_path).read_bytes() == BODY
+    assert len(server.asked) == 1
 
 
 def test_a_part_longer_than_the_servers_new_file_is_thrown_away(server, tmp_path):
