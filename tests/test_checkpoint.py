@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 from dataclasses import replace
@@ -85,43 +86,11 @@ def test_transformers_loads_the_folder_and_computes_the_same_logits_and_the_same
     tokens = torch.randint(len(tokenizer), (3, 32), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits.float(), rtol=1e-4, atol=1e-4)
-    for prompt in ("The hen", "Once a goat saw"):
-        start = torch.tensor([[tokenizer.eot, *tokenizer.encode(prompt)]])
-        written = theirs.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=15,
-            do_sample=False,
-            pad_token_id=tokenizer.eot,
-        )
-        text = tokenizer.decode(written[0, start.shape[1] :].tolist())
-        assert complete(ours, tokenizer, [prompt], Sampling(temperature=0, max_tokens=15)) == [text]
-        assert text
-
-
-def test_the_configuration_is_that_of_a_llama_checkpoint(saved, tokenizer):
-    config = json.loads((saved / "config.json").read_text())
-    assert config == config | {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "hidden_act": "silu",
-        "max_position_embeddings": 32,
-        "rope_theta": 10_000.0,
-        "rms_norm_eps": 1e-5,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": tokenizer.eot,
-        "eos_token_id": tokenizer.eot,
-        "torch_dtype": "bfloat16",
-    }
+    start = torch.tensor([[tokenizer.eot, *tokenizer.encode("Once a goat saw")]])
+    written = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=15, do_sample=False)
+    text = tokenizer.decode(written[0, start.shape[1] :].tolist())
+    assert complete(ours, tokenizer, ["Once a goat saw"], Sampling(temperature=0, max_tokens=15)) == [text]
+    assert text
 
 
 def test_what_we_write_the_safetensors_package_reads_and_the_other_way_round(tensors, tmp_path):
@@ -166,25 +135,14 @@ ENTRY = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
 @pytest.mark.parametrize(
     "content",
     [
-        b"",
         b"\x00" * 100,
         b"\xff" * 100,
         b"PK\x03\x04 a zip archive",
         pickle.dumps({"weights": [1.0]}),
-        tensor_file([]),
-        tensor_file(7),
-        tensor_file("text"),
-        tensor_file({"a": None}),
-        tensor_file({"a": ENTRY | {"dtype": "F16"}}),
-        tensor_file({"a": ENTRY | {"dtype": ["F32"]}}),
-        tensor_file({"a": ENTRY | {"shape": [2, 3]}}),
-        tensor_file({"a": ENTRY | {"shape": [2, -1]}}),
-        tensor_file({"a": ENTRY | {"shape": [2**80]}}),
-        tensor_file({"a": ENTRY | {"shape": "22"}}),
-        tensor_file({"a": ENTRY | {"data_offsets": [0]}}),
-        tensor_file({"a": ENTRY | {"data_offsets": [-16, None]}}),
-        tensor_file({"a": ENTRY | {"data_offsets": [0, 2**80]}}, bytes(12)),
-        tensor_file({"a": {"dtype": "F32", "shape": [2, 2]}}),
+        *map(tensor_file, ([], 7, "text", {"a": None}, {"a": {"dtype": "F32", "shape": [2, 2]}})),
+        *(tensor_file({"a": ENTRY | {"dtype": dtype}}) for dtype in ("F16", ["F32"])),
+        *(tensor_file({"a": ENTRY | {"shape": shape}}) for shape in ([2, 3], [2, -1], [2**80], "22")),
+        *(tensor_file({"a": ENTRY | {"data_offsets": ends}}) for ends in ([0], [-16, None], [0, 2**80])),
         tensor_file({"a": ENTRY}, bytes(20)),
     ],
     ids=lambda content: repr(content[8:60]),
@@ -201,47 +159,33 @@ def test_tensors_of_other_types_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("share", [None, 0.5], ids=["missing", "half"])
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
-def test_a_folder_without_one_of_its_files_is_refused_with_the_name(saved, name):
-    (saved / name).unlink()
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        load_model(saved)
-
-
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.model"])
-def test_a_folder_with_half_a_file_is_refused_with_the_name(saved, name):
+def test_a_folder_with_a_file_that_is_missing_or_cut_off_is_refused_with_its_name(saved, name, share):
     content = (saved / name).read_bytes()
-    (saved / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+    (saved / name).unlink()
+    if share:
+        (saved / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=re.escape(name)):
         load_model(saved)
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_size": 64},
-        {"num_hidden_layers": 3},
-        {"num_hidden_layers": 1},
-        {"hidden_size": "wide"},
-        {"hidden_size": None},
-        {"num_attention_heads": 5},
-        {"num_attention_heads": 0},
+        *({"hidden_size": size} for size in (64, "wide", None)),
+        *({"num_hidden_layers": layers} for layers in (1, 3)),
+        *({"num_attention_heads": heads} for heads in (0, 5)),
         {"vocab_size": 300},
         {"max_position_embeddings": -1},
+        *("[]", "7", "null", '{"model_type": "gpt2", "n_embd": 1600}', "not JSON"),
     ],
     ids=str,
 )
-def test_a_configuration_that_does_not_fit_is_refused(saved, change):
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | change))
+def test_a_configuration_that_does_not_fit_or_is_foreign_is_refused(saved, change):
+    found = (saved / "config.json").read_text()
+    (saved / "config.json").write_text(change if isinstance(change, str) else json.dumps(json.loads(found) | change))
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        load_model(saved)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", "7", "null", '{"model_type": "gpt2", "n_embd": 1600}', "not JSON"])
-def test_a_foreign_configuration_is_refused(saved, content):
-    (saved / "config.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"config\.json does not describe a model of this project"):
         load_model(saved)
 
 
@@ -277,6 +221,7 @@ def state(model: LanguageModel) -> dict:
 
 
 def test_a_training_state_comes_back_whole(tokenizer, tmp_path):
+    assert load_state(tmp_path / "checkpoint.pt") is None
     expected = state(build(tokenizer))
     save_state(tmp_path / "checkpoint.pt", expected)
     found = load_state(tmp_path / "checkpoint.pt")
@@ -286,10 +231,6 @@ def test_a_training_state_comes_back_whole(tokenizer, tmp_path):
         assert same(found["optimizer"]["state"][i], kept)
     assert (found["step"], [tuple(pair) for pair in found["pending"]]) == (7, [(1.5, 0.25)])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
-
-
-def test_no_state_is_none(tmp_path):
-    assert load_state(tmp_path / "checkpoint.pt") is None
 
 
 class Trap:
