@@ -1,11 +1,9 @@
 """Models and training states on disk: read elsewhere, read back, and refused when they are anything else."""
 
-import contextlib
 import json
 import os
 import pickle
 import re
-import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +11,6 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model, save_state, write_tensors
 from blm_core.config import ModelConfig
@@ -57,23 +53,17 @@ def same(found: dict, expected: dict) -> bool:
     )
 
 
-def test_a_saved_model_is_loaded_as_it_was_up_to_bfloat16(saved, tokenizer):
+def test_a_saved_model_is_loaded_as_it_was_up_to_bfloat16_and_saved_again_without_a_change(saved, tokenizer, tmp_path):
     model, vocabulary = load_model(saved)
     original = build(tokenizer)
     assert model.config == original.config
     assert not model.training
     assert vocabulary.hash == tokenizer.hash
-    rounded = {name: weight.bfloat16().float() for name, weight in original.state_dict().items()}
-    assert same(model.state_dict(), rounded)
-
-
-def test_saving_a_loaded_model_changes_nothing(saved, tmp_path):
-    save_model(tmp_path / "again", *load_model(saved))
-    names = {path.name for path in saved.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.model"}
-    assert {path.name for path in (tmp_path / "again").iterdir()} == names
-    for name in names:
-        assert (tmp_path / "again" / name).read_bytes() == (saved / name).read_bytes()
+    assert same(model.state_dict(), {name: weight.bfloat16().float() for name, weight in original.state_dict().items()})
+    save_model(tmp_path / "again", model, vocabulary)
+    first, again = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in (saved, tmp_path / "again"))
+    assert again == first
+    assert first.keys() >= {"config.json", "model.safetensors", "tokenizer.model"}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -109,19 +99,6 @@ def test_every_cut_of_a_tensor_file_is_refused(tensors, tmp_path):
         (tmp_path / "cut").write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="cut is not a whole safetensors file"):
             read_tensors(tmp_path / "cut")
-
-
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_a_corrupted_header_is_refused_or_harmless_but_never_another_error(tensors, tmp_path, data):
-    write_tensors(tmp_path / "whole", tensors)
-    raw = bytearray((tmp_path / "whole").read_bytes())
-    (head,) = struct.unpack("<Q", raw[:8])
-    for _ in range(data.draw(st.integers(1, 3))):
-        raw[data.draw(st.integers(0, 8 + head - 1))] = data.draw(st.integers(0, 255))
-    (tmp_path / "corrupted").write_bytes(raw)
-    with contextlib.suppress(CheckpointError):  # a changed letter of a name, say, cannot be noticed
-        read_tensors(tmp_path / "corrupted")
 
 
 def tensor_file(header, body: bytes = bytes(16)) -> bytes:
@@ -189,18 +166,16 @@ def test_a_configuration_that_does_not_fit_or_is_foreign_is_refused(saved, chang
         load_model(saved)
 
 
-def test_the_vocabulary_of_another_model_is_refused(saved, tokenizer, tmp_path):
-    learned = train((f"Story {n}: a hen, a fox and {n} eggs." for n in range(30)), tmp_path / "other.model", 300)
-    assert len(learned) != len(tokenizer)
-    shutil.copyfile(learned.path, saved / "tokenizer.model")
-    with pytest.raises(CheckpointError, match=r"tokenizer\.model .* it has 300 pieces"):
+@pytest.mark.parametrize("change", [{"lm_head.weight": torch.zeros(2, 2)}, {"model.norm.weight": torch.ones(31)}], ids=str)
+def test_the_weights_of_another_architecture_are_refused(saved, change):
+    write_tensors(saved / "model.safetensors", read_tensors(saved / "model.safetensors") | change)
+    with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
         load_model(saved)
 
 
-@pytest.mark.parametrize("change", [{"lm_head.weight": torch.zeros(2, 2)}, {"model.norm.weight": torch.ones(31)}], ids=str)
-def test_weights_of_another_architecture_are_refused(saved, change):
-    write_tensors(saved / "model.safetensors", read_tensors(saved / "model.safetensors") | change)
-    with pytest.raises(CheckpointError, match=r"does not fit its config\.json"):
+def test_the_vocabulary_of_another_model_is_refused(saved):
+    train((f"Story {n}: a hen, a fox and {n} eggs." for n in range(30)), saved / "tokenizer.model", 300)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model .* it has 300 pieces"):
         load_model(saved)
 
 

@@ -1,9 +1,6 @@
 """Files on disk are the old one or the new one, never half of either."""
 
 import hashlib
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -19,37 +16,23 @@ VALUES = st.recursive(
 )
 
 
-def new_instead_of_old(folder: Path, code: str) -> subprocess.CompletedProcess:
-    """Run `code` in a process of its own to replace the file "file" of `folder`, which holds "old"; it must fail."""
-    write_json(folder / "file", "old")
-    code = f"import os, resource, signal, sys\nfrom blm_core.files import write_json, written_aside\npath = sys.argv[1]\n{code}"
-    run = subprocess.run([sys.executable, "-c", code, folder / "file"], capture_output=True, text=True)
-    assert run.returncode != 0
-    assert read_json(folder / "file") == "old"
-    return run
-
-
 @pytest.mark.parametrize(
-    ("code", "why"),
+    ("code", "why", "left"),
     [
-        ("with written_aside(path) as aside:\n    aside.write_text('half')\n    1 / 0", "ZeroDivisionError"),
-        (
-            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-            "write_json(path, 'new' * 1000)",
-            "File too large",
-        ),
+        ("write_json(path, 'new' * 1000)", "File too large", ["file"]),
+        ("with written_aside(path) as aside:\n    aside.write_text('half')\n    1 / 0", "ZeroDivisionError", ["file"]),
+        ("with written_aside(path) as aside:\n    aside.write_text('half')\n    os.kill(os.getpid(), 9)", "", None),
     ],
-    ids=["an error", "a used-up quota"],
+    ids=["quota", "error", "kill"],
 )
-def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path, code, why):
-    assert why in new_instead_of_old(tmp_path, code).stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_kill_in_the_middle_keeps_the_old_file(tmp_path):
-    kill = "with written_aside(path) as aside:\n    aside.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)"
-    assert new_instead_of_old(tmp_path, kill).returncode == -9
+def test_a_write_that_fails_keeps_the_old_file_and_leaves_nothing_beside_it(tmp_path, with_quota, code, why, left):
+    write_json(tmp_path / "file", "old")
+    imports = "import os; from blm_core.files import write_json, written_aside\npath = sys.argv[1]\n"
+    run = with_quota(1000, imports + code, tmp_path / "file")
+    assert run.returncode != 0
+    assert why in run.stderr
+    assert read_json(tmp_path / "file") == "old"
+    assert left in (None, [path.name for path in tmp_path.iterdir()])  # a kill leaves the temporary file
 
 
 @settings(deadline=None)
