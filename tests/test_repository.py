@@ -1,7 +1,6 @@
 """What is committed: notebooks, report, environments and README agree with each other and with the code."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -118,9 +117,8 @@ def test_pip_environments_name_exact_versions(file, torch, numpy):
 @pytest.mark.parametrize("module", ["blm_core", "blm_core.evidence"])
 def test_readme_names_commands_that_exist(module):
     commands = set(re.findall(rf"python -m {module} ([a-z]\w*)", README))
-    shown = subprocess.run(
-        [sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, env=os.environ
-    ).stdout
+    command = [sys.executable, "-m", module, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert commands
     assert commands <= set(re.search(r"{([\w,-]+)}", shown)[1].split(","))
 
