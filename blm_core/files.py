@@ -64,10 +64,14 @@ def found(path: Path, made_from: dict) -> dict | None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict]:
-    """The values in a file of one JSON value a line. Raises ValueError where a line is not valid JSON."""
+    """The values in a file of one JSON value a line, without its empty lines. Raises ValueError that names a broken one."""
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON ({error}); was the file cut off?") from error
 
 
 def write_json_lines(path: Path, values) -> None:

@@ -41,8 +41,8 @@ def test_a_value_is_read_as_it_was_written(tmp_path_factory, value):
     path = tmp_path_factory.getbasetemp() / "value.json"
     write_json(path, value)
     assert read_json(path) == value
-    write_json_lines(path, [value, value])
-    assert list(read_json_lines(path)) == [value, value]
+    write_json_lines(path, [{"value": value}] * 2)
+    assert list(read_json_lines(path)) == [{"value": value}] * 2
 
 
 def test_half_a_surrogate_pair_is_written_as_its_escape(tmp_path):
@@ -57,6 +57,14 @@ def test_a_missing_or_broken_file_gives_the_default(tmp_path, content):
         (tmp_path / "value.json").write_bytes(content)
     assert read_json(tmp_path / "value.json") is None
     assert read_json(tmp_path / "value.json", {}) == {}
+
+
+def test_a_broken_line_is_named_and_an_empty_one_passed_over(tmp_path):
+    (tmp_path / "lines.jsonl").write_text('{"a": 1}\n\n{"a": 2}\n{"a": ')
+    lines = read_json_lines(tmp_path / "lines.jsonl")
+    assert [next(lines), next(lines)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(ValueError, match=r"lines\.jsonl, line 4 is not valid JSON"):
+        next(lines)
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) + 1])
