@@ -64,10 +64,14 @@ def found(path: Path, made_from: dict) -> dict | None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict]:
-    """The values in a file of one JSON value a line. Raises ValueError where a line is not valid JSON."""
+    """The values in a file of one JSON value a line, without its empty lines. Raises ValueError that names a broken one."""
     with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not valid JSON ({error}); was the file cut off?") from error
 
 
 def write_json_lines(path: Path, values) -> None:
@@ -79,6 +83,10 @@ def write_json_lines(path: Path, values) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class DownloadError(RuntimeError):
@@ -97,6 +105,10 @@ class _Retry(Exception):
         self.wait = wait
 
 
+def is_address(source: str) -> bool:
+    return re.match("https?://", source) is not None
+
+
 def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
     """The file named by `source`, a URL or a local path; URLs are downloaded into `folder` once.
 
@@ -108,108 +120,83 @@ def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
             raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
         return path
     name = source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
-    target = Path(folder) / name
-    if read_json(target.with_name(name + ".source")) == {"url": source} and target.exists():
+    target, note = Path(folder) / name, Path(folder) / f"{name}.source"
+    if read_json(note, {}).get("url") == source and target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    way_out = f"Set {variable} to another URL or to a local file."
     for attempt in range(ATTEMPTS):
         try:
-            _attempt(source, target, variable)
-            write_json(target.with_name(name + ".source"), {"url": source})
-            return target
+            return _attempt(source, target, note)
         except (_Retry, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
             reason = error
         except requests.RequestException as error:
-            raise DownloadError(
-                f"{source} cannot be asked for: {error}. Set {variable} to another URL or a local file."
-            ) from error
+            raise DownloadError(f"{source} cannot be had: {error}. {way_out}") from error
         except OSError as error:
             raise DownloadError(f"{target} cannot be written: {error.strerror}. Free some space and run this again.") from error
         if attempt + 1 < ATTEMPTS:
             time.sleep(max(BACKOFF * 2**attempt, getattr(reason, "wait", 0)))
     raise DownloadError(
         f"{source} could not be downloaded in {ATTEMPTS} attempts (last: {reason}). What had arrived is kept and will be "
-        f"resumed. Without this address, set {variable} to another URL or to a local file."
+        f"resumed. {way_out}"
     )
 
 
-def is_address(source: str) -> bool:
-    return re.match("https?://", source) is not None
-
-
-def _attempt(url: str, target: Path, variable: str) -> None:
+def _attempt(url: str, target: Path, note: Path) -> Path:
     """One try: continue `target.part` where it ends, then verify size and checksum and move it into place."""
-    part, notes = target.with_name(target.name + ".part"), target.with_name(target.name + ".part.json")
-    known = read_json(notes, {}) if part.exists() else {}
-    have = part.stat().st_size if known.get("version") else 0  # without a version, resuming could join two files
-    headers = {"Accept-Encoding": "identity"}
-    if have:
-        headers |= {"Range": f"bytes={have}-", "If-Range": known["version"]}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        _refuse(url, response, variable)
-        if response.status_code == 416:  # nothing lies beyond what is here: the file changed, or it is complete
-            if not have or have != known.get("size"):
-                part.unlink(missing_ok=True)
-                raise _Retry("the server refused to continue the file, so it is started again")
-        else:
-            stated = _stated(response)
-            resumed = response.status_code == 206
-            if resumed and (
-                not have
-                or stated["version"] != known["version"]
-                or not response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            ):
-                part.unlink(missing_ok=True)
-                raise _Retry("the server's file changed, so it is started again")
-            known = stated | ({"size": known["size"], "sha256": known["sha256"]} if resumed else {})
-            write_json(notes, known)
-            _receive(response, part, have if resumed else 0, known["size"], target.name)
+    part, known = target.with_name(target.name + ".part"), read_json(note, {})
+    have = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
+    if not have or have != known["size"]:
+        known = _receive(url, target, part, note, known, have)
     size = part.stat().st_size
-    if known["size"] is not None and size != known["size"]:
-        if size > known["size"]:
-            part.unlink()
-        raise _Retry(f"{size} of {known['size']} bytes arrived")
-    if known["sha256"] and sha256(part) != known["sha256"]:
+    if known["size"] in (None, size) and known["sha256"] in (None, sha256(part)):
+        return part.replace(target)
+    if size >= (known["size"] or 0):  # what is too short is continued
         part.unlink()
-        raise _Retry(f"its sha256 is not {known['sha256']}, which the server states")
-    part.replace(target)
-    notes.unlink()
+    raise _Retry(f"{size} of {known['size']} bytes arrived; the server states the sha256 {known['sha256']}")
 
 
-def _refuse(url: str, response: requests.Response, variable: str) -> None:
-    status = response.status_code
-    if status == 429 or status >= 500:
-        wait = response.headers.get("Retry-After", "")
-        raise _Retry(f"HTTP status {status}", min(float(wait), 120) if wait.isdigit() else 0)
-    if status >= 400 and status != 416:
-        raise DownloadError(f"{url} answers with HTTP status {status}. Set {variable} to another URL or to a local file.")
+def _receive(url: str, target: Path, part: Path, note: Path, known: dict, have: int) -> dict:
+    """Write the file, or what follows its first `have` bytes, to `part`; what the server says of it goes into `note`."""
+    resume = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
+    with requests.get(url, headers={"Accept-Encoding": "identity", **resume}, stream=True, timeout=TIMEOUT) as response:
+        status, stated = response.status_code, {"url": url, **_stated(response)}
+        if status == 429 or status >= 500:
+            wait = response.headers.get("Retry-After", "")
+            raise _Retry(f"HTTP status {status}", wait=min(int(wait), 120) if wait.isdigit() else 0)
+        if status in (206, 416):
+            continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+            if not have or not continued or stated["version"] != known["version"]:
+                part.unlink(missing_ok=True)
+                raise _Retry("the server cannot continue the file, so it is started again")
+        else:
+            response.raise_for_status()
+            known, have = stated, 0
+            for other in (target, part):  # before the note stops being about them
+                other.unlink(missing_ok=True)
+            write_json(note, known)
+        with (
+            open(part, "ab") as file,
+            tqdm.wrapattr(file, "write", total=known["size"], initial=have, desc=target.name) as out,
+        ):
+            for block in response.iter_content(1 << 20):
+                out.write(block)
+    return known
 
 
 def _stated(response: requests.Response) -> dict:
     """What the server says of the file. The hub states size and sha256 of the real file on its redirect."""
-    headers = {}
+    own, linked = response.headers, {}
     for answer in [*response.history, response]:
-        headers |= {k.lower(): v for k, v in answer.headers.items()}
-    digest = headers.get("x-linked-etag", "").strip('W/"')
-    length = response.headers.get("Content-Length")
-    own = response.headers
+        linked |= {name.lower(): value for name, value in answer.headers.items() if name.lower().startswith("x-linked-")}
+    digest = linked.get("x-linked-etag", "").strip('W/"')
+    size = linked.get("x-linked-size") or own.get("Content-Length")
+    tag = own.get("ETag", "W/")
     return {
-        # If-Range takes strong validators only
-        "version": own.get("ETag") if not own.get("ETag", "W/").startswith("W/") else own.get("Last-Modified"),
-        "size": int(headers["x-linked-size"]) if "x-linked-size" in headers else int(length) if length else None,
+        "version": own.get("Last-Modified") if tag.startswith("W/") else tag,  # If-Range takes strong validators only
+        "size": int(size) if size else None,
         "sha256": digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
     }
-
-
-def _receive(response: requests.Response, part: Path, have: int, size: int | None, name: str) -> None:
-    with (
-        open(part, "r+b" if have else "wb") as file,
-        tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=name) as bar,
-    ):
-        file.seek(have)
-        for block in response.iter_content(1 << 20):
-            file.write(block)
-            bar.update(len(block))
 
 
 def pack_sample(folder: Path, target: Path) -> Path:
@@ -227,8 +214,7 @@ def pack_sample(folder: Path, target: Path) -> Path:
 def unpack(archive: Path, folder: Path) -> list[Path]:
     """Take the `dataNN.json` members of `archive` out into `folder`, all or none; their sorted paths.
 
-    Members with absolute paths or `..`, links, devices and sparse files are refused; other files are passed over.
-    Raises ArchiveError.
+    Other files are passed over. Raises ArchiveError for damage, absolute paths, `..`, links, devices and sparse files.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,16 +224,14 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
         aside.mkdir()
         with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, desc=f"unpacking {archive.name}") as bar:
             for member in tar:
-                if member.name.startswith("/") or ".." in Path(member.name).parts:
-                    raise ArchiveError(f"{archive} holds {member.name!r}, a path outside the archive; it was not unpacked.")
-                if member.issparse() or not (member.isfile() or member.isdir()):
-                    raise ArchiveError(f"{archive} holds {member.name!r}, a link, device or sparse file; it was not unpacked.")
-                match = MEMBER.fullmatch(member.name)
-                if not match or not member.isfile():
-                    continue
-                with tar.extractfile(member) as read, open(aside / match[1], "wb") as write:
-                    shutil.copyfileobj(read, write, 1 << 20)
-                bar.update(member.size)
+                outside = member.name.startswith("/") or ".." in Path(member.name).parts
+                if outside or member.issparse() or not (member.isfile() or member.isdir()):
+                    why = "lies outside the archive" if outside else "is a link, device or sparse file"
+                    raise ArchiveError(f"{archive} holds {member.name!r}, which {why}; it was not unpacked.")
+                if member.isfile() and (match := MEMBER.fullmatch(member.name)):
+                    with tar.extractfile(member) as read, open(aside / match[1], "wb") as write:
+                        shutil.copyfileobj(read, write, 1 << 20)
+                    bar.update(member.size)
             tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end; reading on checks gzip's checksum too
             while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):

@@ -5,7 +5,6 @@
   longer than the model does.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from blm_core.config import ConfigError
+from blm_core.files import text_sha256
 from blm_core.model import KeyValueCache, LanguageModel
 from blm_core.tokenizer import Tokenizer
 
@@ -58,9 +58,8 @@ def uniforms(prompts: list[list[int]], numbers: list[int], seed: int, length: in
     """
     rows = []
     for prompt, number in zip(prompts, numbers, strict=True):
-        digest = hashlib.sha256(f"{seed} {number} {prompt}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        rows.append(torch.rand(length, generator=generator))
+        own = int(text_sha256(f"{seed} {number} {prompt}")[:14], 16)  # a generator takes seeds of 64 bits
+        rows.append(torch.rand(length, generator=torch.Generator().manual_seed(own)))
     return torch.stack(rows)
 
 
@@ -94,29 +93,23 @@ def sample_tokens(
     samples, where they are not counted from 0 for each prompt.
     Raises ValueError for a prompt that leaves no room in the context.
     """
-    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
-    if longest >= model.config.seq_len:
-        raise ValueError(f"a prompt of {longest} tokens leaves no room in the model's context of {model.config.seq_len}.")
-    device = model.device
-    uniform = uniforms(prompts, numbers or sample_numbers(prompts), sampling.seed, model.config.seq_len).to(device)
+    device, seq_len, lengths = model.device, model.config.seq_len, [len(prompt) for prompt in prompts]
+    if max(lengths) >= seq_len:
+        raise ValueError(f"a prompt of {max(lengths)} tokens leaves no room in the model's context of {seq_len}.")
+    uniform = uniforms(prompts, numbers or sample_numbers(prompts), sampling.seed, seq_len).to(device)
     cache = KeyValueCache(model.config, len(prompts), device)
-    left = torch.full((len(prompts),), sampling.max_tokens or model.config.seq_len, device=device)
-    given = torch.tensor([[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts]).to(device)
-    logits = model(given[:, :shortest], cache=cache)[:, -1]
+    given = torch.tensor([[*prompt, *[eot] * (seq_len - len(prompt))] for prompt in prompts]).to(device)
+    starts = torch.tensor(lengths).to(device)  # where each sequence begins to write
+    ends = starts + (sampling.max_tokens or seq_len)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for position in range(shortest, model.config.seq_len):
-        drawn = next_tokens(logits, sampling, uniform[:, position])
-        drawn = torch.where(ended, eot, drawn)
-        if position < longest:
-            reading = given[:, position] >= 0
-            drawn = torch.where(reading, given[:, position], drawn)
-        else:
-            reading = torch.zeros_like(ended)
-        ended |= (drawn == eot) & ~reading
-        left -= (~reading).long()
+    logits = model(given[:, : min(lengths)], cache=cache)[:, -1]
+    for position in range(min(lengths), seq_len):
+        drawn = torch.where(ended, eot, next_tokens(logits, sampling, uniform[:, position]))
+        reading = position < starts
+        drawn = torch.where(reading, given[:, position], drawn)
+        ended |= ~reading & ((drawn == eot) | (position + 1 >= ends))
         yield drawn
-        ended |= (left <= 0) & ~reading
-        if ended.all() or position + 1 == model.config.seq_len:
+        if ended.all() or position + 1 == seq_len:
             return
         logits = model(drawn[:, None], cache=cache)[:, -1]
 
@@ -126,13 +119,11 @@ def complete(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sam
     if not prompts:
         return []
     encoded = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    steps = list(sample_tokens(model, encoded, sampling, tokenizer.eot))
-    rows = torch.stack(steps, 1).tolist()
-    shortest = min(map(len, encoded))
+    rows = torch.stack(list(sample_tokens(model, encoded, sampling, tokenizer.eot)), 1).tolist()
     completions = []
     for prompt, row in zip(encoded, rows, strict=True):
-        new = row[len(prompt) - shortest :]
-        completions.append(tokenizer.decode(new[: new.index(tokenizer.eot)] if tokenizer.eot in new else new))
+        new = [*row[len(prompt) - min(map(len, encoded)) :], tokenizer.eot]
+        completions.append(tokenizer.decode(new[: new.index(tokenizer.eot)]))
     return completions
 
 

@@ -8,11 +8,11 @@ checked in full. Memory grows with the fixed set (the held-out stories) only.
 
 import math
 from functools import lru_cache
-from hashlib import blake2b
 
 import numpy as np
 
 from blm_core.clean import words
+from blm_core.files import text_sha256
 
 N_WORDS = 4
 _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x27D4EB2F165667C5], dtype=np.uint64)
@@ -20,7 +20,7 @@ _MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x2
 
 @lru_cache(maxsize=1 << 18)
 def _word_hash(word: str) -> int:
-    return int.from_bytes(blake2b(word.encode(), digest_size=8).digest(), "big")
+    return int(text_sha256(word)[:16], 16)
 
 
 def shingles(text: str) -> np.ndarray:

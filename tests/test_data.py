@@ -10,6 +10,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import pytest
 from blm_core import clean, data
 from blm_core.config import PRESETS, DataConfig
 from blm_core.data import SAMPLE_FOLDER, prepare, read_records, read_split, read_stories, split_files
-from blm_core.files import ArchiveError, DownloadError
+from blm_core.files import ArchiveError, DownloadError, read_json
 
 WORDS = """apple barn candle duck engine fence goose hat island jug kettle lamp mouse nest owl pond quilt rope
 snow tent uncle van well yard zebra asked baked carried dug ended found gave heard jumped kept lost made napped opened
@@ -52,8 +53,8 @@ def nearly(text: str, seed) -> str:
 
 def pack(path: Path, shards: dict[str, list | bytes]) -> Path:
     with tarfile.open(path, "w:gz", compresslevel=1) as archive:
-        for name, records in shards.items():
-            body = records if isinstance(records, bytes) else json.dumps(records).encode()
+        for name, content in shards.items():
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
             info = tarfile.TarInfo(f"{name}.json")
             info.size = len(body)
             archive.addfile(info, io.BytesIO(body))
@@ -65,7 +66,7 @@ def records(texts) -> list[dict]:
 
 
 def local(archive: Path, **values) -> DataConfig:
-    return DataConfig(archive=str(archive), validation_file=values.pop("validation_file", ""), **values)
+    return DataConfig(**{"archive": str(archive), "validation_file": "", "validation_share": SHARE} | values)
 
 
 def runs(text: str) -> set[tuple]:
@@ -112,42 +113,29 @@ SHARDS = {
 
 
 @pytest.fixture(scope="module")
-def archive(tmp_path_factory) -> Path:
-    return pack(tmp_path_factory.mktemp("archive") / "stories.tar.gz", SHARDS)
-
-
-@pytest.fixture(scope="module")
-def official(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("official") / "valid.txt"
-    path.write_text("<|endoftext|>".join(f"\n{text}\n" for text in [*OFFICIAL, ""]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def config(archive, official) -> DataConfig:
-    return local(archive, validation_file=str(official), validation_share=SHARE)
+def config(tmp_path_factory) -> DataConfig:
+    folder = tmp_path_factory.mktemp("archive")
+    (folder / "valid.txt").write_text("<|endoftext|>".join(f"\n{text}\n" for text in [*OFFICIAL, ""]))
+    archive = pack(folder / "stories.tar.gz", SHARDS)
+    return local(archive, validation_file=str(folder / "valid.txt"))
 
 
 @pytest.fixture(scope="module")
 def folder(config, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("prepared") / "data"
+    folder = tmp_path_factory.mktemp("prepared")
     prepare(config, folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def manifest(folder) -> dict:
-    return json.loads((folder / "manifest.json").read_text())
+    return read_json(folder / "manifest.json")
 
 
-def test_every_record_that_was_read_is_kept_or_counted_as_dropped(manifest):
-    readable = [shard if isinstance(shard, list) else [] for shard in SHARDS.values()]
-    assert manifest["read"] == sum(map(len, readable))
+def test_every_record_that_was_read_is_kept_or_counted_as_dropped_with_its_reason(manifest):
+    assert manifest["read"] == sum(len(shard) for shard in SHARDS.values() if isinstance(shard, list))
     kept = manifest["stories"]["train"] + manifest["stories"]["validation"]
     assert manifest["read"] == kept + sum(manifest["drops"].values())
-
-
-def test_each_reason_to_drop_is_counted_exactly(manifest):
     assert manifest["drops"] == {
         "no story": 8,
         "other source": 0,
@@ -161,32 +149,27 @@ def test_each_reason_to_drop_is_counted_exactly(manifest):
 
 
 def test_broken_shards_and_records_are_reported_with_shard_and_index(manifest):
-    assert manifest["problems"]["count"] == 5 + 8
-    found = [(problem["shard"], problem["index"]) for problem in manifest["problems"]["first"]]
-    broken = ["data01.json", "data02.json", "data03.json", "data04.json", "data06.json"]
-    assert sorted(found, key=str) == sorted(
-        [*((name, None) for name in broken), *(("data07.json", i) for i in range(8))], key=str
-    )
-    reasons = {problem["shard"]: problem["reason"] for problem in manifest["problems"]["first"]}
+    problems = manifest["problems"]["first"]
+    assert manifest["problems"]["count"] == len(problems) == 5 + 8
+    assert {(problem["shard"], problem["index"]) for problem in problems} == {
+        *((f"data{i:02}.json", None) for i in (1, 2, 3, 4, 6)),
+        *(("data07.json", i) for i in range(8)),
+    }
+    reasons = {problem["shard"]: problem["reason"] for problem in problems}
     assert "list of records" in reasons["data02.json"]
     assert reasons["data07.json"] == "no story"
 
 
-def test_the_counts_are_those_of_what_was_written(folder, manifest):
+def test_the_counts_are_those_of_what_was_written_and_words_features_and_source_stay_with_their_story(folder, manifest):
     for split in ("train", "validation", "official"):
         texts = list(read_split(folder, split))
         assert manifest["stories"][split] == len(texts)
         assert manifest["bytes"][split] == sum(len(text.encode()) for text in texts)
-    kept = [*read_records(folder, "train"), *read_records(folder, "validation")]
-    lengths = Counter(str(len(clean.words(record["story"]))) for record in kept)
-    assert manifest["words_per_story"] == lengths
+    kept = {record["story"]: record for split in ("train", "validation") for record in read_records(folder, split)}
+    assert manifest["words_per_story"] == Counter(str(len(clean.words(text))) for text in kept)
     assert manifest["sources"] == {"not stated": len(kept) - 1, "GPT-4": 1}
     assert manifest["features"] == {"Dialogue": 1, "half a pair: \ud800": 1}
     assert manifest["words_asked"] == {"barn": 1, "duck": 1, "rope": 1}
-
-
-def test_words_features_and_source_stay_with_their_story(folder):
-    kept = {record["story"]: record for split in ("train", "validation") for record in read_records(folder, split)}
     wanted = {"words": INSTRUCTION["words"], "features": INSTRUCTION["features"], "source": "GPT-4"}
     assert kept[story("with everything")] == {"story": story("with everything")} | wanted
     assert kept[story("odd fields")] == {"story": story("odd fields")}
@@ -207,26 +190,22 @@ def test_no_story_nor_one_almost_like_it_is_on_both_sides_of_the_split(folder, c
     assert not any(map(near, read_split(folder, "train")))
 
 
-def test_a_finished_preparation_leaves_stories_and_manifest_and_is_not_repeated(folder, config, manifest):
+def test_a_finished_preparation_leaves_stories_in_order_and_manifest_and_is_not_repeated(folder, config, manifest):
     before = stamps(folder)
     assert prepare(config, folder) == manifest
     assert stamps(folder) == before
     assert {path.name for path in folder.iterdir()} == {"stories", "manifest.json"}
-    assert not list(folder.rglob(".*"))
+    names = sorted(SHARDS, key=lambda name: int(name[4:]))
+    assert [path.name for path in split_files(folder, "train")] == [f"train-{name}.jsonl" for name in names]
 
 
-def test_the_stories_come_in_the_order_of_the_shards_numbers(folder):
-    names = [path.name for path in split_files(folder, "train")]
-    assert names == [f"train-{name}.jsonl" for name in sorted(SHARDS, key=lambda name: int(name[4:]))]
-
-
-def test_the_split_depends_on_neither_order_nor_case_nor_punctuation_nor_shard(folder, manifest, official, tmp_path):
+def test_the_split_depends_on_neither_order_nor_case_nor_punctuation_nor_shard(folder, config, manifest, tmp_path):
     found = [record for shard in SHARDS.values() if isinstance(shard, list) for record in shard if isinstance(record, dict)]
     texts = [record["story"] for record in found if isinstance(record.get("story"), str)]
     random.Random(1).shuffle(texts)
     texts = [told_otherwise(text) if clean.reason_to_drop(text, 100) is None else text for text in texts]
     again = pack(tmp_path / "again.tar.gz", {"data5": records(texts[:50]), "data7": records(texts[50:])})
-    found = prepare(local(again, validation_file=str(official), validation_share=SHARE), tmp_path / "data")
+    found = prepare(replace(config, archive=str(again)), tmp_path / "data")
     assert found["split_hash"] == manifest["split_hash"]
     for split in ("train", "validation", "official"):
         assert keys(tmp_path / "data", split) == keys(folder, split)
@@ -236,10 +215,10 @@ def test_a_changed_archive_a_changed_configuration_and_a_filter_by_source_are_ea
     archive, target = tmp_path / "a.tar.gz", tmp_path / "data"
     texts = [record | {"source": "GPT-4" if i % 3 else "GPT-3.5"} for i, record in enumerate(records(GOOD[:60]))]
     pack(archive, {"data00": texts[:40]})
-    assert prepare(local(archive, validation_share=SHARE), target)["read"] == 40
+    assert prepare(local(archive), target)["read"] == 40
     pack(archive, {"data00": texts[:40], "data01": texts[40:]})
-    assert prepare(local(archive, validation_share=SHARE), target)["read"] == 60
-    found = prepare(local(archive, validation_share=SHARE, sources=("GPT-4",)), target)
+    assert prepare(local(archive), target)["read"] == 60
+    found = prepare(local(archive, sources=("GPT-4",)), target)
     assert found["drops"]["other source"] == 20
     assert found["sources"] == {"GPT-4": 40}
     assert {record["source"] for record in read_records(target, "train")} == {"GPT-4"}
@@ -253,30 +232,28 @@ def test_a_changed_archive_a_changed_configuration_and_a_filter_by_source_are_ea
     with pytest.raises(DownloadError, match="BLM_VALIDATION"):
         prepare(local(archive, validation_file=str(tmp_path / "gone.txt")), target)
     assert {path: stamp for path, stamp in stamps(target).items() if path in before} == before
-    assert prepare(local(archive, validation_share=SHARE, sources=("GPT-4",)), target) == found
+    assert prepare(local(archive, sources=("GPT-4",)), target) == found
 
 
 @pytest.mark.parametrize("reached", ["cleaned", "stories"])
 def test_a_preparation_that_is_killed_half_way_is_made_again_from_the_start(config, manifest, folder, tmp_path, reached):
     code = (
-        "import sys; from pathlib import Path; from blm_core.config import DataConfig; from blm_core.data import prepare\n"
-        "if __name__ == '__main__':\n"
-        "    prepare(DataConfig(sys.argv[1], sys.argv[2], validation_share=float(sys.argv[3])), Path(sys.argv[4]))\n"
+        "import sys; from blm_core.config import DataConfig; from blm_core.data import prepare\n"
+        f"if __name__ == '__main__':\n    prepare({config}, sys.argv[1])\n"
     )
-    arguments = [config.archive, config.validation_file, str(SHARE), str(tmp_path / "data")]
-    killed = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, start_new_session=True)
+    target = tmp_path / "data"
+    killed = subprocess.Popen([sys.executable, "-c", code, target], stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 60
-    while not (tmp_path / "data" / reached).exists():
+    while not (target / reached).exists():
         assert killed.poll() is None, killed.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
-    assert not (tmp_path / "data" / "manifest.json").exists()
-    assert prepare(config, tmp_path / "data") == manifest
-    assert [path.read_bytes() for path in split_files(tmp_path / "data", "train")] == [
-        path.read_bytes() for path in split_files(folder, "train")
-    ]
+    assert not (target / "manifest.json").exists()
+    assert prepare(config, target) == manifest
+    again, before = ([path.read_bytes() for path in split_files(made, "train")] for made in (target, folder))
+    assert again == before
 
 
 @pytest.mark.parametrize(
@@ -289,7 +266,7 @@ def test_a_preparation_that_is_killed_half_way_is_made_again_from_the_start(conf
 )
 def test_an_archive_that_cannot_be_used_is_refused_with_the_reasons(tmp_path, shards, why):
     with pytest.raises(ArchiveError, match=why):
-        prepare(local(pack(tmp_path / "a.tar.gz", shards), validation_share=SHARE), tmp_path / "data")
+        prepare(local(pack(tmp_path / "a.tar.gz", shards)), tmp_path / "data")
     assert not (tmp_path / "data" / "manifest.json").exists()
 
 
@@ -329,25 +306,13 @@ def test_memory_does_not_grow_with_the_archive(tmp_path):
     assert large - small < added / 2
 
 
-SAMPLE = [
-    record for path in sorted(SAMPLE_FOLDER.glob("data*.json")) for record in json.loads(path.read_text(encoding="utf-8"))
-]
-FEATURES = {"Dialogue", "MoralValue", "Twist", "BadEnding", "Foreshadowing", "Conflict"}
+SAMPLE = [record for path in sorted(SAMPLE_FOLDER.glob("data*.json")) for record in read_json(path)]
 WHOLE = [record for record in SAMPLE if set(record) == {"story", "instruction", "summary", "source"}]
-
-
-def test_the_embedded_sample_is_varied_and_in_the_archives_format():
-    assert len(WHOLE) >= 200
-    for record in WHOLE:
-        assert set(record["instruction"]) == {"prompt:", "words", "features"}
-        assert set(record["instruction"]["words"]) <= set(clean.words(clean.normalise(record["story"])))
-    assert {feature for record in WHOLE for feature in record["instruction"]["features"]} == FEATURES
-    sets = [runs(record["story"]) for record in WHOLE]
-    assert all(len(a & b) < 0.1 * len(a | b) for i, a in enumerate(sets) for b in sets[:i])
 
 
 def test_smoke_keeps_every_whole_story_of_the_sample_and_meets_every_kind_of_fault(smoke):
     manifest = prepare(smoke.data, smoke.folder / "data")
+    assert len(WHOLE) >= 200
     kept = keys(smoke.folder / "data", "train") | keys(smoke.folder / "data", "validation")
     assert kept == {clean.story_key(clean.normalise(record["story"])) for record in WHOLE}
     assert manifest["read"] == len(SAMPLE) == len(kept) + sum(manifest["drops"].values())

@@ -9,27 +9,20 @@ import time
 import pytest
 import torch
 
-from blm_core.hardware import PowerSampler, device_name, fast_bfloat16, memory, mfu, precision, resolve_dtype, visible_gpu
+from blm_core.hardware import PowerSampler, device_name, fast_bfloat16, memory, mfu, precision, resolve_dtype
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_precision_that_is_named_is_used(dtype):
-    assert resolve_dtype(CPU, dtype) == dtype
-
-
-def test_the_automatic_precision_is_bfloat16_only_where_it_is_fast():
-    assert resolve_dtype(CPU, "auto") == ("bfloat16" if fast_bfloat16(CPU) else "float32")
-    assert resolve_dtype(torch.device("meta"), "auto") == "float32"
-
-
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32"])
 def test_matrices_are_multiplied_in_the_precision_that_is_resolved_and_weights_stay_wide(dtype):
+    resolved = resolve_dtype(CPU, dtype)
+    assert resolved == (dtype if dtype != "auto" else "bfloat16" if fast_bfloat16(CPU) else "float32")
+    assert resolve_dtype(torch.device("meta"), "auto") == "float32"
     weight = torch.nn.Linear(4, 4)
     with precision(CPU, dtype):
         made = weight(torch.ones(1, 4))
-    assert made.dtype == getattr(torch, resolve_dtype(CPU, dtype))
+    assert made.dtype == getattr(torch, resolved)
     made.sum().backward()
     assert weight.weight.dtype == weight.weight.grad.dtype == torch.float32
     assert weight(torch.ones(1, 4)).dtype == torch.float32
@@ -48,6 +41,7 @@ def test_peak_memory_is_that_of_the_process_in_gigabytes_and_grows_with_it():
     assert held[0] == 1
 
 
+# it answers for one GPU only
 NVIDIA_SMI = """#!{python}
 import sys, time
 assert sys.argv[1] == "--id={gpu}", sys.argv
@@ -58,31 +52,18 @@ time.sleep(600)
 """
 
 
-@pytest.fixture
-def nvidia_smi(tmp_path, monkeypatch):
-    """Put a program of that name on the path that answers for one GPU only."""
-
-    def install(gpu: str) -> None:
-        program = tmp_path / "nvidia-smi"
-        program.write_text(NVIDIA_SMI.format(python=sys.executable, gpu=gpu))
-        program.chmod(0o755)
-        monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-    return install
-
-
 @pytest.mark.parametrize(
     ("visible", "index", "name"), [(None, 1, "1"), ("2,3", 1, "3"), ("GPU-5a,GPU-6b", None, "GPU-5a"), ("", 0, "0")]
 )
-def test_power_is_the_mean_over_the_interval_on_the_gpu_that_pytorch_uses(nvidia_smi, monkeypatch, visible, index, name):
-    nvidia_smi(name)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+def test_power_is_the_mean_over_the_interval_on_the_gpu_that_pytorch_uses(tmp_path, monkeypatch, visible, index, name):
+    program = tmp_path / "nvidia-smi"
+    program.write_text(NVIDIA_SMI.format(python=sys.executable, gpu=name))
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    device = torch.device("cuda", index)
-    assert visible_gpu(device) == name
-    with contextlib.closing(PowerSampler(device)) as sampler:
+    with contextlib.closing(PowerSampler(torch.device("cuda", index))) as sampler:
         deadline = time.monotonic() + 30
         while len(sampler._readings) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)

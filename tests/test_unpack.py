@@ -4,8 +4,6 @@ import gzip
 import io
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -37,17 +35,12 @@ def packed(path: Path, *members, mode="w:gz") -> Path:
 GOOD = [file("data00.json", b"[1]"), file("data01.json", b"[2]")]
 REFUSED = {
     "absolute path": file("/data02.json"),
-    "absolute path elsewhere": file("/etc/cron.d/data02.json"),
-    "parent folder": file("../data02.json"),
     "parent folder in the middle": file("a/../../data02.json"),
     "parent folder of another file": file("../../.bashrc"),
     "folder outside": other("../out", tarfile.DIRTYPE),
     "symbolic link": other("data02.json", tarfile.SYMTYPE, linkname="/etc/passwd"),
-    "symbolic link of another name": other("readme", tarfile.SYMTYPE, linkname="data00.json"),
-    "hard link": other("data02.json", tarfile.LNKTYPE, linkname="data00.json"),
     "hard link outside": other("data02.json", tarfile.LNKTYPE, linkname="/etc/passwd"),
     "character device": other("data02.json", tarfile.CHRTYPE, devmajor=1, devminor=5),
-    "block device": other("data02.json", tarfile.BLKTYPE, devmajor=8, devminor=0),
     "fifo": other("data02.json", tarfile.FIFOTYPE),
     "sparse file": file("data02.json", b"", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}),
     "malformed sparse file": file("data02.json", b"[" * 600, pax_headers={"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}),
@@ -60,54 +53,32 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("first", [True, False], ids=["before the shards", "after the shards"])
 @pytest.mark.parametrize("kind", REFUSED)
-def test_a_malicious_member_refuses_the_archive_and_nothing_is_written(tmp_path, kind, first):
-    members = [REFUSED[kind], *GOOD] if first else [*GOOD, REFUSED[kind]]
-    archive = packed(tmp_path / "bad.tar.gz", *members)
-    (tmp_path / "in" / "side").mkdir(parents=True)
+def test_a_malicious_member_refuses_the_archive_and_what_an_earlier_one_gave_stays(tmp_path, kind, first):
+    shards = tmp_path / "in" / "side" / "shards"
+    unpack(packed(tmp_path / "good.tar.gz", *GOOD), shards)
+    new = [file("data00.json", b"[3]"), file("data01.json", b"[4]")]
+    packed(tmp_path / "bad.tar.gz", *([REFUSED[kind], *new] if first else [*new, REFUSED[kind]]))
+    before = tree(tmp_path)
     with pytest.raises(ArchiveError, match=r"bad\.tar\.gz"):
-        unpack(archive, tmp_path / "in" / "side" / "shards")
-    assert list(tree(tmp_path)) == ["bad.tar.gz"]
-    assert list((tmp_path / "in" / "side").iterdir()) == []
+        unpack(tmp_path / "bad.tar.gz", shards)
+    assert tree(tmp_path) == before
+    assert tree(shards) == {"data00.json": b"[1]", "data01.json": b"[2]"}
 
 
-def test_a_refused_archive_leaves_what_an_earlier_one_gave(tmp_path):
-    unpack(packed(tmp_path / "good.tar.gz", *GOOD), tmp_path / "shards")
-    before = tree(tmp_path / "shards")
-    with pytest.raises(ArchiveError, match="outside the archive"):
-        unpack(packed(tmp_path / "bad.tar.gz", file("data00.json", b"[3]"), file("../x")), tmp_path / "shards")
-    assert tree(tmp_path / "shards") == before == {"data00.json": b"[1]", "data01.json": b"[2]"}
-
-
-def test_shards_come_in_the_order_of_their_numbers_beyond_99_too(tmp_path):
-    numbers = [100, 2, 99, 0, 101, 10]
-    archive = packed(tmp_path / "a.tar.gz", *(file(f"data{i:02}.json") for i in numbers))
-    paths = unpack(archive, tmp_path / "shards")
-    assert [path.name for path in paths] == [f"data{i:02}.json" for i in sorted(numbers)]
-
-
-def test_files_that_are_not_shards_are_passed_over(tmp_path):
+def test_only_shards_are_taken_out_in_the_order_of_their_numbers_beyond_99_too(tmp_path):
     names = ["README", "data.json", "data00.json.bak", "xdata00.json", "sub/data05.json", "DATA01.json", "data00.jsonl"]
-    archive = packed(tmp_path / "a.tar.gz", *map(file, names), other("data09.json", tarfile.DIRTYPE), *GOOD)
-    unpack(archive, tmp_path / "shards")
-    assert tree(tmp_path / "shards") == {"data00.json": b"[1]", "data01.json": b"[2]"}
+    shards = [f"data{i:02}.json" for i in (100, 2, 99, 0, 101, 10)]
+    archive = packed(tmp_path / "a.tar.gz", *map(file, [*names, *shards]), other("data09.json", tarfile.DIRTYPE))
+    paths = unpack(archive, tmp_path / "shards")
+    assert [path.name for path in paths] == [f"data{i:02}.json" for i in (0, 2, 10, 99, 100, 101)]
+    assert len(tree(tmp_path / "shards")) == len(paths)
 
 
-@pytest.mark.parametrize("members", [[], [file("README")], [file("stories/data00.json")]], ids=["empty", "none", "nested"])
+@pytest.mark.parametrize("members", [[], [file("README"), file("stories/data00.json")]], ids=["empty", "none"])
 def test_an_archive_without_shards_is_refused(tmp_path, members):
     with pytest.raises(ArchiveError, match=r"no member named like data00\.json"):
         unpack(packed(tmp_path / "a.tar.gz", *members), tmp_path / "shards")
-    assert not (tmp_path / "shards").exists()
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"<html>Please log in</html>", gzip.compress(b"no archive"), random.Random(1).randbytes(5000)],
-    ids=["empty", "page", "other gzip", "noise"],
-)
-def test_what_is_no_archive_is_refused_and_the_way_out_is_named(tmp_path, content):
-    (tmp_path / "a.tar.gz").write_bytes(content)
-    with pytest.raises(ArchiveError, match=r"(?s)a\.tar\.gz cannot be unpacked.*delete it"):
-        unpack(tmp_path / "a.tar.gz", tmp_path / "shards")
+    assert list(tree(tmp_path)) == ["a.tar.gz"]
 
 
 @pytest.fixture(scope="module")
@@ -115,11 +86,13 @@ def sound(tmp_path_factory) -> Path:
     return pack_sample(SAMPLE_FOLDER, tmp_path_factory.mktemp("sample") / "sample.tar.gz")
 
 
-@pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.9999])
-def test_a_truncated_archive_is_refused(tmp_path, sound, share):
+@pytest.mark.parametrize(
+    "content", [b"<html>Please log in</html>", gzip.compress(b"no archive"), 0, 0.01, 0.5, 0.9999], ids=str
+)
+def test_what_is_no_whole_archive_is_refused_and_the_way_out_is_named(tmp_path, sound, content):
     body = sound.read_bytes()
-    (tmp_path / "a.tar.gz").write_bytes(body[: int(len(body) * share)])
-    with pytest.raises(ArchiveError, match="cannot be unpacked"):
+    (tmp_path / "a.tar.gz").write_bytes(content if isinstance(content, bytes) else body[: int(len(body) * content)])
+    with pytest.raises(ArchiveError, match=r"(?s)a\.tar\.gz cannot be unpacked.*delete it"):
         unpack(tmp_path / "a.tar.gz", tmp_path / "shards")
     assert list(tree(tmp_path)) == ["a.tar.gz"]
 
@@ -144,29 +117,19 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_archive(tmp_path):
         unpack(archive, tmp_path / "shards")
 
 
-def test_a_full_quota_is_reported_and_leaves_nothing(tmp_path, sound):
-    code = (
-        "import resource, signal, sys; from pathlib import Path; from blm_core.files import unpack\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, sound, tmp_path / "shards"], capture_output=True, text=True)
+UNPACK = "from pathlib import Path; from blm_core.files import unpack; unpack(Path(sys.argv[1]), Path(sys.argv[2]))"
+
+
+def test_a_full_quota_is_reported_and_leaves_nothing(tmp_path, sound, with_quota):
+    run = with_quota(1000, UNPACK, sound, tmp_path / "shards")
     assert run.stderr.strip().splitlines()[-1].startswith("blm_core.files.ArchiveError")
     assert "File too large" in run.stderr
     assert "delete it" not in run.stderr  # the archive is not at fault
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path, sound):
-    code = (
-        "import resource, signal, sys; from pathlib import Path; from blm_core.files import unpack\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # a write beyond the limit kills\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
-        "unpack(Path(sys.argv[1]), Path(sys.argv[2]))\n"
-    )
-    run = subprocess.run([sys.executable, "-c", code, sound, tmp_path / "shards"], capture_output=True)
-    assert run.returncode == -signal.SIGXFSZ
+def test_what_a_killed_run_left_is_cleared_away(tmp_path, sound, with_quota):
+    assert with_quota(1000, UNPACK, sound, tmp_path / "shards", beyond="SIG_DFL").returncode == -signal.SIGXFSZ
     assert list(tmp_path.iterdir()) != []
     assert len(unpack(sound, tmp_path / "shards")) == 4
     assert [path.name for path in tmp_path.iterdir()] == ["shards"]
