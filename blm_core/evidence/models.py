@@ -170,9 +170,9 @@ class TransformersModel(ComparedModel):
         """Load `name`, a hub name or a local folder. Raises UnavailableError."""
         folder = Path(name).expanduser()
         local = folder.is_dir()
-        source, where = str(folder) if local else name, {"local_files_only": local or not _hub_answers()}
+        source, where = folder if local else name, {"local_files_only": local or not _hub_answers()}
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
             from transformers import __version__ as release
 
             precision = {"dtype" if int(release.split(".")[0]) >= 5 else "torch_dtype": dtype}
@@ -185,7 +185,7 @@ class TransformersModel(ComparedModel):
             ) from error
         self.name = folder.resolve().name if local else name
         self.device, self.dtype = _device(device), str(dtype).removeprefix("torch.")
-        self.model.to(self.device)
+        self.model.to(self.device).generation_config = GenerationConfig()  # its own settings of sampling are not used
         self.revision = _weights_hash(folder) if local else self.model.config._commit_hash
         self.end = self.tokenizer.eos_token_id
         self.start = self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
@@ -194,31 +194,29 @@ class TransformersModel(ComparedModel):
     def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
         return self.model(input_ids=tokens, use_cache=False).logits
 
-    @torch.no_grad()
     def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         """Prompts stand to the right of a masked padding; the longest of a batch leaves the room that all have."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        tokens = torch.tensor([[self.end] * n + prompt for n, prompt in zip(padding, prompts, strict=True)]).to(self.device)
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding]).to(self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        tokens = torch.tensor([[self.end] * n + prompt for n, prompt in zip(padding, prompts, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
         room = self.seq_len - longest
         uniform = uniforms(prompts, numbers, sampling.seed, room).to(self.device)
-        cache, drawn = None, []
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        for step in range(min(sampling.max_tokens or room, room)):
-            out = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            chosen = torch.where(ended, self.end, next_tokens(out.logits[:, -1].float(), sampling, uniform[:, step]))
-            drawn.append(chosen)
-            ended |= chosen == self.end
-            if ended.all():
-                break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        return torch.stack(drawn, 1).tolist()
+
+        def only_the_drawn(seen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            chosen = next_tokens(logits, sampling, uniform[:, seen.shape[1] - longest])
+            return torch.full_like(logits, -math.inf).scatter(1, chosen[:, None], 0.0)
+
+        written = self.model.generate(
+            tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            logits_processor=[only_the_drawn],
+            max_new_tokens=min(sampling.max_tokens or room, room),
+            do_sample=False,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+        return written[:, longest:].tolist()
 
 
 def load(name: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> ComparedModel:
@@ -259,9 +257,9 @@ def record(
     settings = {**model.settings(), "sampling": asdict(sampling)}
     done = {(line["id"], line["sample"]): line for line in resume(out, settings)}
     texts = {prompt.id: prompt.text for prompt in prompts}
-    for (name, _), line in done.items():
-        if texts.get(name, line["prompt"]) != line["prompt"]:
-            raise RecordingError(f"{out} holds another prompt under the id {name}. Name another file.")
+    other = {name for (name, _), line in done.items() if texts.get(name, line["prompt"]) != line["prompt"]}
+    if other:
+        raise RecordingError(f"{out} holds another prompt under the id {min(other)}. Name another file.")
     work = [(prompt, sample) for prompt in prompts for sample in range(samples) if (prompt.id, sample) not in done]
     for start in tqdm(range(0, len(work), model.batch_size), desc=f"recording {model.name}", unit="batch", disable=not work):
         batch = work[start : start + model.batch_size]
@@ -270,10 +268,10 @@ def record(
         seconds = (time.perf_counter() - began) / len(batch)
         lines = [
             {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
-            | {"completion": completion.text, "tokens": completion.tokens, "stopped": completion.stopped}
-            | {**settings, "seconds": round(seconds, 4), "device": model.device.type}
+            | {"completion": written.text, "tokens": written.tokens, "stopped": written.stopped, **settings}
+            | {"seconds": round(seconds, 4), "device": model.device.type}
             | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
-            for (prompt, sample), completion in zip(batch, completions, strict=True)
+            for (prompt, sample), written in zip(batch, completions, strict=True)
         ]
         append_lines(out, lines)
         done |= {(line["id"], line["sample"]): line for line in lines}
@@ -372,13 +370,10 @@ def resume(path: Path, settings: dict) -> list[dict]:
         warnings.warn(f"{path} ended in {half}; they were cut off and will be made again.", stacklevel=3)
         os.truncate(path, whole)
     records = read_lines(path)
-    for line in records:
-        for name, wanted in settings.items():
-            if line.get(name) != wanted:
-                raise RecordingError(
-                    f"{path} was recorded with {name} = {line.get(name)!r}, now it is {wanted!r}. "
-                    "Name another file, or use the same settings."
-                )
+    for name, wanted in settings.items():
+        other = next((line.get(name) for line in records if line.get(name) != wanted), wanted)
+        if other != wanted:
+            raise RecordingError(f"{path} was recorded with {name} = {other!r}, now it is {wanted!r}. Name another file.")
     return records
 
 

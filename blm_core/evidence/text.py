@@ -177,16 +177,12 @@ def set_against(ours: dict[str, tuple[Interval, int]], theirs: dict[str, tuple[I
     """
     counts: Counter = Counter()
     for name in ours.keys() & theirs.keys():
-        (a_low, a_high), (b_low, b_high) = _size(ours[name][0]), _size(theirs[name][0])
-        if math.isfinite(a_high) and math.isfinite(b_high):
-            counts["nearer" if a_high < b_low else "farther" if a_low > b_high else "undecided"] += 1
+        (_, a_low, a_high), (_, b_low, b_high) = ours[name][0], theirs[name][0]
+        if np.isfinite([a_low, b_low]).all():
+            nearer = max(a_high, -a_low) < max(b_low, -b_high)
+            farther = max(a_low, -a_high) > max(b_high, -b_low)
+            counts["nearer" if nearer else "farther" if farther else "undecided"] += 1
     return counts
-
-
-def _size(interval: Interval) -> tuple[float, float]:
-    """The least and the greatest distance from 0 within `interval`."""
-    ends = abs(interval.low), abs(interval.high)
-    return (0.0 if interval.low <= 0 <= interval.high else min(ends)), max(ends)
 
 
 def _interval(values: np.ndarray) -> tuple[Interval, int]:
@@ -266,8 +262,9 @@ def ending_items(stories: list[str], seed: int = 0, limit: int | None = None) ->
     sentences of other stories whose bytes differ by at most a quarter. A closing "The end." is left off.
     """
     rng = np.random.default_rng(seed)
-    parts = [_without_the_end(sentences(story.strip())) for story in stories]
-    last = [part[-1].strip() if part else "" for part in parts]
+    parts = [sentences(story.strip()) for story in stories]
+    parts = [part[:-1] if words("".join(part[-1:])) == ["the", "end"] else part for part in parts]
+    last = ["".join(part[-1:]).strip() for part in parts]
     said = [" ".join(words(ending)) for ending in last]  # endings that differ in case or punctuation are the same
     usable = np.array([len(part) > 1 and len(key.split()) >= MIN_WORDS for part, key in zip(parts, said, strict=True)])
     sizes = np.array([len(ending.encode()) for ending in last])
@@ -354,7 +351,3 @@ def ending_line(
         "difference_names": difference,
         "above_names": verdict(difference.low, difference.high, better="higher"),
     }
-
-
-def _without_the_end(parts: list[str]) -> list[str]:
-    return parts[:-1] if parts and words(parts[-1]) == ["the", "end"] else parts
