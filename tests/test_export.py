@@ -24,13 +24,7 @@ TEXTS = [
     " ",
     "",
 ]
-BEGINNINGS = [
-    "Once upon a time",
-    "One day, a little boy named Tom found a red ball.",
-    "Lily had a small cat. The cat was",
-    '"Can I play with you?" asked Mia.',
-    "Ben and Sara went to the sea.\nThey saw",
-]
+BEGINNINGS = ["Once upon a time", '"Can I play with you?" asked Mia.', "Ben and Sara went to the sea.\nThey saw"]
 
 
 def test_transformers_gives_any_text_the_ids_of_our_vocabulary(smoke, tokenizer, tiny, tmp_path):

@@ -12,15 +12,12 @@ from tiny_models import save_blm, save_gpt2
 
 from blm_core import config
 from blm_core.evidence.models import (
-    BLM,
     Prompt,
     PromptError,
     RecordingError,
-    TransformersModel,
     UnavailableError,
     load,
     opponent,
-    published_bits,
     read_lines,
     read_prompts,
     record,
@@ -46,12 +43,12 @@ def blm_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def gpt2(gpt2_folder):
-    return TransformersModel(str(gpt2_folder), "cpu")
+    return load(gpt2_folder, "cpu")
 
 
 @pytest.fixture(scope="session")
 def blm(blm_folder):
-    return BLM(blm_folder, "cpu")
+    return load(blm_folder, "cpu")
 
 
 @pytest.fixture(params=["blm", "gpt2"])
@@ -90,9 +87,13 @@ def test_a_text_beyond_the_context_is_refused_and_not_cut(model):
 
 def test_a_prompt_is_completed_alike_alone_and_in_a_batch_of_longer_ones(model):
     prompts = ["the", "a hen went to the hill. the fox saw", "the fox saw the hen"]
-    together = model.complete(prompts, GREEDY)
-    assert together == [model.complete([prompt], GREEDY)[0] for prompt in prompts]
-    assert len({each.text for each in together}) == 3
+    for sampling in (GREEDY, SHORT):
+        together = model.complete(prompts, sampling)
+        assert together == [model.complete([prompt], sampling)[0] for prompt in prompts]
+        assert len({each.text for each in together}) == 3
+    likeliest = model.complete(prompts, GREEDY)
+    assert model.complete(prompts, Sampling(1.0, 1, 1.0, 12, seed=5)) == likeliest
+    assert model.complete(prompts, Sampling(1.0, 0, 1e-9, 12, seed=5)) == likeliest
 
 
 def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses_and_their_text_is_left_as_it_is(gpt2):
@@ -102,13 +103,6 @@ def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses_and_the
     )
     assert gpt2.draw(tokens.tolist(), GREEDY, [0])[0] == theirs[0, tokens.shape[1] :].tolist()
     assert gpt2.tokenizer.decode(gpt2.encode("a hen .")[1:]) == "a hen ."
-
-
-def test_both_models_sample_by_the_same_rules(model):
-    likeliest = model.complete(["the fox"], GREEDY)
-    assert model.complete(["the fox"], Sampling(1.0, 1, 1.0, 12, seed=5)) == likeliest
-    assert model.complete(["the fox"], Sampling(1.0, 0, 1e-9, 12, seed=5)) == likeliest
-    assert model.complete(["the fox"], Sampling(1.0, 0, 1.0, 12, seed=5)) != likeliest
 
 
 def test_a_completion_says_what_ended_it(model):
@@ -121,11 +115,10 @@ def test_a_completion_says_what_ended_it(model):
     assert all((completion.tokens == room) == (completion.stopped == "context") for completion in completions)
 
 
-def test_a_model_is_loaded_by_what_its_folder_holds_and_named_by_its_weights(gpt2, blm, gpt2_folder, blm_folder, tmp_path):
+def test_a_model_is_loaded_by_what_its_folder_holds_and_named_by_its_weights(gpt2, blm, gpt2_folder, tmp_path):
     shutil.copytree(gpt2_folder, tmp_path / "gpt2-tiny")
     assert load(tmp_path / "gpt2-tiny", "cpu").settings() == gpt2.settings()
-    assert load(blm_folder, "cpu").settings() == blm.settings()
-    assert gpt2.name == "gpt2-tiny"
+    assert (blm.name, gpt2.name) == ("BLM", "gpt2-tiny")
     assert len(blm.revision) == len(gpt2.revision) == 16
     assert blm.revision != gpt2.revision
 
@@ -209,16 +202,11 @@ def test_scores_are_kept_without_the_text_and_never_made_twice(gpt2, tmp_path):
     assert read_lines(out)[2]["bytes"] == len(STORIES[2].encode())
 
 
-def test_the_published_perplexities_are_so_many_bits_per_byte():
-    assert published_bits() == pytest.approx((0.592, 0.676), abs=6e-4)
-
-
-@pytest.mark.parametrize(("source", "number"), [("own", 66), ("authors", 2)])
-def test_prompts_are_our_own_or_the_authors(source, number, tmp_path, monkeypatch):
+def test_prompts_are_our_own_or_the_authors(tmp_path, monkeypatch):
     (tmp_path / "theirs.yaml").write_text("---\n- |-\n  A goose went\n- A hen went\n")
     monkeypatch.setenv("BLM_AUTHORS_PROMPTS", str(tmp_path / "theirs.yaml"))
-    prompts = read_prompts(source)
-    assert len({prompt.text for prompt in prompts}) == len(prompts) == number
+    assert len({prompt.text for prompt in read_prompts("own")}) == 66
+    assert [prompt.text for prompt in read_prompts("authors")] == ["A goose went", "A hen went"]
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '[{"id": 1}]', '[{"id": 1, "group": "story", "prompt": " "}]', "{}"])

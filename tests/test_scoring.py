@@ -80,7 +80,7 @@ def reader(tokenizer) -> LanguageModel:
     return LanguageModel(config, seed=1).eval()
 
 
-def test_a_score_counts_stories_bytes_and_tokens_without_the_end_of_text(reader, tokenizer):
+def test_a_score_counts_bytes_and_tokens_and_a_guess_costs_the_logarithm_of_the_vocabulary(reader, tokenizer):
     found, bits, sizes = score(reader, tokenizer, TEXTS)
     assert found.stories == 4
     assert sizes.tolist() == [len(text.encode()) for text in TEXTS]
@@ -89,9 +89,6 @@ def test_a_score_counts_stories_bytes_and_tokens_without_the_end_of_text(reader,
     assert found.tokens == sum(len(tokenizer.encode(text)) for text in TEXTS)
     assert found.bits_per_byte == pytest.approx(bits.sum() / sizes.sum())
     assert found.low < found.bits_per_byte < found.high
-
-
-def test_a_model_that_only_guesses_needs_the_logarithm_of_its_vocabulary_for_every_token(reader, tokenizer):
     guessing = LanguageModel(reader.config, seed=1)
     torch.nn.init.zeros_(guessing.model["embed_tokens"].weight)
     found, bits, _ = score(guessing, tokenizer, TEXTS)

@@ -220,13 +220,9 @@ class TransformersModel(ComparedModel):
 
 
 def load(name: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> ComparedModel:
-    """The model `name`: a folder of this project, or what transformers loads under that name.
-
-    Raises UnavailableError or CheckpointError.
-    """
-    if (Path(name) / "tokenizer.model").is_file():
-        return BLM(name, device)
-    return TransformersModel(str(name), device, dtype)
+    """A model of this project in the folder `name`, else what transformers loads under that name. Raises as those two do."""
+    ours = (Path(name) / "tokenizer.model").is_file()
+    return BLM(name, device) if ours else TransformersModel(str(name), device, dtype)
 
 
 def opponent(preset: Preset) -> TransformersModel:
@@ -249,10 +245,8 @@ def record(
 ) -> list[dict]:
     """Completions 0 … samples - 1 of each prompt, read from `out` where it has them, else sampled and added to it.
 
-    One JSON line each: id, group, prompt, sample, completion, tokens, stopped, model, revision, dtype, sampling,
-    seconds (its share of the batch), device, time, versions. Written batch by batch, so that a break costs one
-    batch at most. Raises RecordingError where `out` was made with other settings or other prompts of the same name, and
-    ValueError for a prompt that leaves no room in the context.
+    One JSON line each; `seconds` is its share of the batch. A break costs one batch at most. Raises RecordingError where `out`
+    was made with other settings or other prompts of the same name, and ValueError as `complete`.
     """
     settings = {**model.settings(), "sampling": asdict(sampling)}
     done = {(line["id"], line["sample"]): line for line in resume(out, settings)}
@@ -279,9 +273,8 @@ def record(
 
 
 def score_stories(model: ComparedModel, stories: list[str], out: Path) -> np.ndarray:
-    """Bits of each story, read from `out` where it has them, else scored and added to it.
+    """Bits of each story, read from `out` where it has them, else scored and added to it; `out` holds hashes, no text.
 
-    `out` holds hashes and numbers, no text: one JSON line per story with story, bits, bytes, model, revision, dtype.
     Raises RecordingError where it was made with another model.
     """
     settings = model.settings()
