@@ -1,6 +1,7 @@
 """The model in transformers and in llama.cpp: the same ids, the same text."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 
 from blm_core import END_OF_TEXT, data
 from blm_core.checkpoint import load_model, save_model
-from blm_core.config import ROOT, ModelConfig
-from blm_core.evidence.export import export_gguf, gguf_name, interleaved
+from blm_core.config import ROOT
+from blm_core.evidence.export import export_gguf, interleaved
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import train
@@ -23,29 +24,16 @@ TEXTS = [
     " ",
     "",
 ]
+BEGINNINGS = ["Once upon a time", '"Can I play with you?" asked Mia.', "Ben and Sara went to the sea.\nThey saw"]
 
 
-@pytest.fixture(scope="module")
-def loaded(tokenizer, tmp_path_factory):
+def test_transformers_gives_any_text_the_ids_of_our_vocabulary(smoke, tokenizer, tiny, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("model")
-    config = ModelConfig(vocab_size=len(tokenizer), n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, seq_len=64)
-    save_model(folder, LanguageModel(config, seed=1), tokenizer)
-    return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_any_text_has_the_ids_that_our_vocabulary_gives(loaded, tokenizer, text):
-    assert loaded(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
-    assert loaded.decode(tokenizer.encode(text)) == text
-
-
-def test_real_stories_have_the_same_ids_behind_the_start_token(smoke, loaded, tokenizer):
-    for story in itertools.islice(data.read_split(smoke.folder / "data", "train"), 50):
-        assert loaded(story)["input_ids"] == [tokenizer.eot, *tokenizer.encode(story)]
-
-
-def test_the_end_of_text_is_known_as_start_and_end(loaded, tokenizer):
+    save_model(tmp_path, LanguageModel(replace(tiny, vocab_size=len(tokenizer)), seed=1), tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in (*TEXTS, *itertools.islice(data.read_split(smoke.folder / "data", "train"), 50)):
+        assert loaded(text)["input_ids"] == [tokenizer.eot, *tokenizer.encode(text)]
+        assert loaded.decode(tokenizer.encode(text)) == text
     assert loaded.bos_token_id == loaded.eos_token_id == tokenizer.eot
     assert loaded(END_OF_TEXT, add_special_tokens=False)["input_ids"] == [tokenizer.eot]
 
@@ -54,20 +42,6 @@ def test_a_unigram_vocabulary_is_told_from_a_bpe(smoke, tokenizer, tmp_path):
     stories = data.read_split(smoke.folder / "data", "train")
     assert tokenizer.is_bpe
     assert not train(stories, tmp_path / "unigram.model", 512, "unigram").is_bpe
-
-
-BEGINNINGS = [
-    "Once upon a time",
-    "One day, a little boy named Tom found a red ball.",
-    "Lily had a small cat. The cat was",
-    "There was a big tree in the park.",
-    '"Can I play with you?" asked Mia.',
-    "In the morning, the sun",
-    "The old dog sat by the door and",
-    "Ben and Sara went to the sea.\nThey saw",
-    "A tiny mouse lived in a",
-    'Mum said, "It is time for bed."',
-]
 
 
 def test_a_gguf_file_holds_the_vocabulary_and_every_weight(tmp_path):
@@ -79,22 +53,17 @@ def test_a_gguf_file_holds_the_vocabulary_and_every_weight(tmp_path):
     assert found.fields["tokenizer.ggml.scores"].contents() == [tokenizer.score(i) for i in range(len(tokenizer))]
     types = found.fields["tokenizer.ggml.token_type"].contents()
     assert [types.count(kind) for kind in (gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.BYTE)] == [1, 1, 256]
-    weights = {tensor.name: tensor.data for tensor in found.tensors}
-    assert weights.keys() == {gguf_name(name) for name in model.state_dict()}
-    for name, weight in model.state_dict().items():
+    weights = model.state_dict()
+    assert len(found.tensors) == len(weights)
+    for tensor, (name, weight) in zip(found.tensors, weights.items(), strict=True):  # in the same order
         if not name.endswith(("q_proj.weight", "k_proj.weight")):
-            np.testing.assert_array_equal(weights[gguf_name(name)], weight.numpy())
+            np.testing.assert_array_equal(tensor.data, weight.numpy())
+    assert {"token_embd.weight", "output_norm.weight", "blk.0.ffn_up.weight"} < {tensor.name for tensor in found.tensors}
 
 
 def test_rows_of_a_head_are_paired_with_those_half_a_head_further():
     rows = torch.arange(16.0)[:, None]  # two heads of eight
     assert interleaved(rows, 2).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15]
-
-
-def test_a_type_that_the_export_does_not_know_is_refused(tmp_path):
-    pytest.importorskip("gguf", reason="the package gguf is not installed: pip install -e '.[comparison]'")
-    with pytest.raises(ValueError, match="f32, f16"):
-        export_gguf(ROOT / "release", tmp_path / "model.gguf", "int3")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

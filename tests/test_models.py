@@ -1,6 +1,6 @@
 """Models under comparison: one interface for ours and those of transformers, recordings that go on after a break."""
 
-import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,15 +12,13 @@ from tiny_models import save_blm, save_gpt2
 
 from blm_core import config
 from blm_core.evidence.models import (
-    BLM,
     Prompt,
     PromptError,
     RecordingError,
-    TransformersModel,
     UnavailableError,
     load,
     opponent,
-    published_bits,
+    read_lines,
     read_prompts,
     record,
     score_stories,
@@ -45,12 +43,12 @@ def blm_folder(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def gpt2(gpt2_folder):
-    return TransformersModel(str(gpt2_folder), "cpu")
+    return load(gpt2_folder, "cpu")
 
 
 @pytest.fixture(scope="session")
 def blm(blm_folder):
-    return BLM(blm_folder, "cpu")
+    return load(blm_folder, "cpu")
 
 
 @pytest.fixture(params=["blm", "gpt2"])
@@ -72,20 +70,8 @@ def test_the_logprob_of_a_continuation_is_the_sum_over_its_tokens(model):
     assert tokens[: len(before)] == before
     expected = token_logprobs(model, tokens)[len(before) - 1 :].sum()
     assert model.logprob([prompt], [continuation]) == pytest.approx([expected], abs=1e-4)
-
-
-def test_a_token_across_the_boundary_is_scored_as_the_difference_of_whole_texts(gpt2):
-    prompt, continuation = "the f", "ox"
-    tokens, before = gpt2.encode(prompt + continuation), gpt2.encode(prompt)
-    assert tokens[: len(before)] != before
-    expected = token_logprobs(gpt2, tokens).sum() - token_logprobs(gpt2, before).sum()
-    assert gpt2.logprob([prompt], [continuation]) == pytest.approx([expected], abs=1e-4)
-
-
-def test_a_continuation_in_two_pieces_costs_what_it_costs_in_one(model):
-    whole = model.logprob(["the"], [" fox saw a hen."])
-    pieces = model.logprob(["the", "the fox sa"], [" fox sa", "w a hen."])
-    assert pieces.sum() == pytest.approx(whole[0], abs=1e-3)
+    pieces = model.logprob([prompt, prompt + " sa"], [" sa", "w the hen."])  # across the boundary of a token
+    assert pieces.sum() == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_text_beyond_the_context_is_refused_and_not_cut(model):
@@ -93,36 +79,30 @@ def test_a_text_beyond_the_context_is_refused_and_not_cut(model):
     while model.fits(prompt + " a"):
         prompt += " a"
     model.logprob([prompt[:-2]], [" a"])
-    with pytest.raises(ValueError, match=r"do not fit into the context of .* \(64\)"):
+    with pytest.raises(ValueError, match=r"does not fit into the context of .* \(64\)"):
         model.logprob([prompt], [" a"])
-
-
-def test_a_prompt_that_leaves_no_room_is_refused(model):
-    prompt = " a" * 200
     with pytest.raises(ValueError, match=r"leaves no room in the context of .* \(64\)"):
         model.complete(["the fox", prompt], GREEDY)
 
 
 def test_a_prompt_is_completed_alike_alone_and_in_a_batch_of_longer_ones(model):
     prompts = ["the", "a hen went to the hill. the fox saw", "the fox saw the hen"]
-    together = model.complete(prompts, GREEDY)
-    assert together == [model.complete([prompt], GREEDY)[0] for prompt in prompts]
-    assert len({each.text for each in together}) == 3
+    for sampling in (GREEDY, SHORT):
+        together = model.complete(prompts, sampling)
+        assert together == [model.complete([prompt], sampling)[0] for prompt in prompts]
+        assert len({each.text for each in together}) == 3
+    likeliest = model.complete(prompts, GREEDY)
+    assert model.complete(prompts, Sampling(1.0, 1, 1.0, 12, seed=5)) == likeliest
+    assert model.complete(prompts, Sampling(1.0, 0, 1e-9, 12, seed=5)) == likeliest
 
 
-def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses(gpt2):
+def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses_and_their_text_is_left_as_it_is(gpt2):
     tokens = torch.tensor([gpt2.encode("a hen went")])
     theirs = gpt2.model.generate(
         tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=12, do_sample=False, pad_token_id=0, eos_token_id=0
     )
     assert gpt2.draw(tokens.tolist(), GREEDY, [0])[0] == theirs[0, tokens.shape[1] :].tolist()
-
-
-def test_both_models_sample_by_the_same_rules(model):
-    likeliest = model.complete(["the fox"], GREEDY)
-    assert model.complete(["the fox"], Sampling(1.0, 1, 1.0, 12, seed=5)) == likeliest
-    assert model.complete(["the fox"], Sampling(1.0, 0, 1e-9, 12, seed=5)) == likeliest
-    assert model.complete(["the fox"], Sampling(1.0, 0, 1.0, 12, seed=5)) != likeliest
+    assert gpt2.tokenizer.decode(gpt2.encode("a hen .")[1:]) == "a hen ."
 
 
 def test_a_completion_says_what_ended_it(model):
@@ -135,14 +115,11 @@ def test_a_completion_says_what_ended_it(model):
     assert all((completion.tokens == room) == (completion.stopped == "context") for completion in completions)
 
 
-def test_a_model_is_named_by_its_weights_and_not_by_its_place(gpt2, blm, gpt2_folder, blm_folder, tmp_path):
-    assert gpt2.name == "gpt2-tiny"
-    moved = gpt2_folder.rename(tmp_path / "gpt2-tiny")
-    try:
-        assert TransformersModel(str(moved), "cpu").settings() == gpt2.settings()
-    finally:
-        moved.rename(gpt2_folder)
-    assert len(blm.revision) == 16
+def test_a_model_is_loaded_by_what_its_folder_holds_and_named_by_its_weights(gpt2, blm, gpt2_folder, tmp_path):
+    shutil.copytree(gpt2_folder, tmp_path / "gpt2-tiny")
+    assert load(tmp_path / "gpt2-tiny", "cpu").settings() == gpt2.settings()
+    assert (blm.name, gpt2.name) == ("BLM", "gpt2-tiny")
+    assert len(blm.revision) == len(gpt2.revision) == 16
     assert blm.revision != gpt2.revision
 
 
@@ -159,9 +136,12 @@ def test_transformers_is_not_imported_before_a_model_of_it_is_loaded():
     assert subprocess.run([sys.executable, "-c", code], cwd=config.ROOT).returncode == 0
 
 
-def test_a_recording_says_all_that_is_needed_to_make_it_again(model, tmp_path):
-    lines = record(model, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=2)
-    assert lines == [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+def test_a_recording_says_all_that_is_needed_to_make_it_again_and_nothing_is_recorded_twice(model, tmp_path):
+    out = tmp_path / "out.jsonl"
+    few = record(model, PROMPTS[:1], out, SHORT, samples=1)
+    lines = record(model, PROMPTS, out, SHORT, samples=2)
+    assert lines[:1] == few  # with their times
+    assert lines == read_lines(out)
     assert [(line["id"], line["sample"]) for line in lines] == [("one", 0), ("one", 1), ("two", 0), ("two", 1)]
     first = lines[0]
     assert first["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_tokens": 6, "seed": 3}
@@ -171,25 +151,16 @@ def test_a_recording_says_all_that_is_needed_to_make_it_again(model, tmp_path):
     assert {"blm_core", "torch", "numpy"} <= set(first["versions"])
     (again,) = model.complete([lines[3]["prompt"]], SHORT, [lines[3]["sample"]])
     assert again.text == lines[3]["completion"]
-
-
-def test_nothing_is_recorded_twice(model, tmp_path):
-    out = tmp_path / "out.jsonl"
-    few = record(model, PROMPTS[:1], out, SHORT, samples=2)
-    more = record(model, PROMPTS, out, SHORT, samples=3)
     before = out.read_bytes()
-    assert more[:2] == few  # with their times
-    assert record(model, PROMPTS, out, SHORT, samples=3) == more
+    assert record(model, PROMPTS, out, SHORT, samples=2) == lines
     assert out.read_bytes() == before
-    assert len(before.splitlines()) == 6
 
 
 def test_a_recording_cut_in_half_is_continued_and_the_loss_reported(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2, "batch_size", 1)
     out = tmp_path / "out.jsonl"
     whole = record(gpt2, PROMPTS, out, SHORT, samples=2)
-    raw = out.read_bytes()
-    cut = raw[: len(raw) - 150]
+    cut = out.read_bytes()[:-150]
     out.write_bytes(cut)
     with pytest.warns(UserWarning, match="bytes of a half-written record"):
         continued = record(gpt2, PROMPTS, out, SHORT, samples=2)
@@ -201,33 +172,24 @@ def test_a_recording_cut_in_half_is_continued_and_the_loss_reported(gpt2, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("sampling", "named"),
+    ("change", "named"),
     [
-        (replace(SHORT, temperature=0.5), r"sampling\.temperature = 1\.0, now it is 0\.5"),
-        (replace(SHORT, seed=4), r"sampling\.seed"),
+        ({"sampling": replace(SHORT, temperature=0.5)}, r"recorded with sampling = .*1\.0.* now it is .*0\.5"),
+        ({"sampling": replace(SHORT, seed=4)}, "recorded with sampling"),
+        ({"prompts": [Prompt("one", "story", "the hen")]}, "another prompt under the id one"),
+        ({"broken": True}, "line 1 is not valid JSON"),
     ],
 )
-def test_a_recording_with_other_settings_is_refused_by_name(gpt2, tmp_path, sampling, named):
-    record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
-    before = (tmp_path / "out.jsonl").read_bytes()
-    with pytest.raises(RecordingError, match=named):
-        record(gpt2, PROMPTS, tmp_path / "out.jsonl", sampling, samples=1)
-    assert (tmp_path / "out.jsonl").read_bytes() == before
-
-
-def test_another_prompt_under_a_recorded_id_is_refused(gpt2, tmp_path):
-    record(gpt2, PROMPTS, tmp_path / "out.jsonl", SHORT, samples=1)
-    with pytest.raises(RecordingError, match="another prompt under the id one"):
-        record(gpt2, [Prompt("one", "story", "the hen")], tmp_path / "out.jsonl", SHORT, samples=1)
-
-
-def test_a_line_broken_in_the_middle_is_refused_by_number(gpt2, tmp_path):
+def test_a_recording_of_something_else_or_broken_in_the_middle_is_refused_and_left_as_it_is(gpt2, tmp_path, change, named):
     out = tmp_path / "out.jsonl"
     record(gpt2, PROMPTS, out, SHORT, samples=1)
-    first, second = out.read_text().splitlines()
-    out.write_text(f"{first[:50]}\n{second}\n")
-    with pytest.raises(RecordingError, match="line 1 is not valid JSON"):
-        record(gpt2, PROMPTS, out, SHORT, samples=1)
+    if change.pop("broken", False):
+        first, second = out.read_text().splitlines()
+        out.write_text(f"{first[:50]}\n{second}\n")
+    before = out.read_bytes()
+    with pytest.raises(RecordingError, match=named):
+        record(gpt2, out=out, samples=1, **{"prompts": PROMPTS, "sampling": SHORT} | change)
+    assert out.read_bytes() == before
 
 
 def test_scores_are_kept_without_the_text_and_never_made_twice(gpt2, tmp_path):
@@ -237,21 +199,14 @@ def test_scores_are_kept_without_the_text_and_never_made_twice(gpt2, tmp_path):
     assert score_stories(gpt2, STORIES, out) == pytest.approx(gpt2.story_bits(STORIES), abs=1e-4)
     assert out.read_text().startswith(before)
     assert "fox" not in out.read_text()
-    assert json.loads(out.read_text().splitlines()[2])["bytes"] == len(STORIES[2].encode())
+    assert read_lines(out)[2]["bytes"] == len(STORIES[2].encode())
 
 
-def test_the_published_perplexities_are_so_many_bits_per_byte():
-    assert published_bits() == pytest.approx((0.592, 0.676), abs=6e-4)
-
-
-@pytest.mark.parametrize(("source", "number"), [("own", 66), ("authors", 2), ("recorded", 1)])
-def test_prompts_are_our_own_the_authors_or_those_of_recorded_completions(source, number, tmp_path, monkeypatch):
+def test_prompts_are_our_own_or_the_authors(tmp_path, monkeypatch):
     (tmp_path / "theirs.yaml").write_text("---\n- |-\n  A goose went\n- A hen went\n")
     monkeypatch.setenv("BLM_AUTHORS_PROMPTS", str(tmp_path / "theirs.yaml"))
-    lines = [{"id": i, "kind": "story", "prompt": "A goose", "completion": ""} for i in "ab"] + [{"id": "c", "text": "A hen."}]
-    (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prompts = read_prompts(tmp_path / "recorded.jsonl" if source == "recorded" else source)
-    assert len({prompt.text for prompt in prompts}) == len(prompts) == number
+    assert len({prompt.text for prompt in read_prompts("own")}) == 66
+    assert [prompt.text for prompt in read_prompts("authors")] == ["A goose went", "A hen went"]
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '[{"id": 1}]', '[{"id": 1, "group": "story", "prompt": " "}]', "{}"])

@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
     record.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
-    record.add_argument("--prompts", default="own", help='"own", "authors", or a file (.json, .yaml, .jsonl)')
+    record.add_argument("--prompts", default="own", help='"own", "authors", or a file (.json, .yaml)')
     record.add_argument("--out", type=Path, required=True)
     record.add_argument("--samples", type=int, default=3, help="completions of each prompt")
     record.add_argument("--temperature", type=float, default=0.8)

@@ -12,28 +12,6 @@ from torch import Tensor
 from blm_core.checkpoint import load_model
 from blm_core.files import written_aside
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
-NAMES = {  # ours: those of GGUF
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
-
-
-def gguf_name(name: str) -> str:
-    """Our name of a tensor as GGUF's: `model.layers.3.mlp.up_proj.weight` is `blk.3.ffn_up.weight`."""
-    ends = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    if name in ends:
-        return ends[name]
-    _, _, layer, part = name.removesuffix(".weight").split(".", 3)
-    return f"blk.{layer}.{NAMES[part]}.weight"
-
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:
     """Rows of a query or key matrix in the order of GGUF's `llama`, which rotates neighbours and not halves of a head."""
@@ -41,13 +19,12 @@ def interleaved(weight: Tensor, n_heads: int) -> Tensor:
 
 
 def export_gguf(folder: Path, path: Path, dtype: str = "f16") -> None:
-    """Write the model in `folder` to `path`, matrices as one of DTYPES. Raises CheckpointError and ValueError."""
+    """Write the model in `folder` to `path`, matrices as "f32", "f16", "bf16" or "q8_0". Raises CheckpointError."""
     import gguf
+    from gguf import GGMLQuantizationType as Form
 
-    if dtype not in DTYPES:
-        raise ValueError(f"{dtype} is no type of this export; name one of {', '.join(DTYPES)}.")
     model, tokenizer = load_model(folder)
-    c, kind = model.config, gguf.GGMLQuantizationType[dtype.upper()]
+    c, names = model.config, gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.n_layers)
     with written_aside(path) as aside:
         writer = gguf.GGUFWriter(aside, "llama")
         writer.add_name("BLM")
@@ -68,10 +45,10 @@ def export_gguf(folder: Path, path: Path, dtype: str = "f16") -> None:
         for name, weight in model.state_dict().items():
             for part, heads in (("q_proj", c.n_heads), ("k_proj", c.n_kv_heads)):
                 weight = interleaved(weight, heads) if part in name else weight
-            form = kind if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
-            # A row that no blocks of 32 fill stays in f16.
-            form = gguf.GGMLQuantizationType.F16 if dtype == "q8_0" and weight.shape[-1] % 32 and weight.ndim == 2 else form
-            writer.add_tensor(gguf_name(name), gguf.quants.quantize(weight.numpy(), form), raw_dtype=form)
+            form = Form[dtype.upper()] if weight.ndim == 2 else Form.F32
+            if form == Form.Q8_0 and weight.shape[-1] % 32:  # a row that no blocks of 32 fill
+                form = Form.F16
+            writer.add_tensor(names.get_name(name, (".weight",)), gguf.quants.quantize(weight.numpy(), form), raw_dtype=form)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

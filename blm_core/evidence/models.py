@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import requests
@@ -35,7 +35,6 @@ from blm_core.config import HUB, Preset, build
 from blm_core.evaluate import story_bits
 from blm_core.files import fetch, sha256
 from blm_core.generate import Sampling, next_tokens, sample_numbers, sample_tokens, uniforms
-from blm_core.tokenizer import Tokenizer, TokenizerError
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise
 GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}  # the rest of GPT-2's configuration is transformers' default
@@ -59,51 +58,55 @@ class Completion(NamedTuple):
 
 
 class ComparedModel(ABC):
-    """A model that scores and completes. `revision` names its weights, `settings` what else its answers depend on."""
+    """A model that scores and completes. `revision` names its weights."""
 
     name: str
     revision: str
     device: torch.device
     dtype: str
+    tokenizer: Any  # of this project or of transformers: both encode and decode
     seq_len: int
+    start: int  # the token that every text stands behind
     end: int  # the token that ends a text
     batch_size = 16  # completions at a time
+    batch_tokens = 8192  # scored at a time
+    plainly: ClassVar[dict] = {}  # what the tokenizer is told so that it adds nothing to a text
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text` behind the start token."""
-
-    @abstractmethod
-    def decode(self, tokens: list[int]) -> str:
-        """The text of `tokens`."""
-
-    @abstractmethod
-    def story_bits(self, stories: list[str]) -> np.ndarray:
-        """Bits of each story behind the start token, each scored alone (len(stories),), as `scoring.story_bits` counts them."""
+    def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of tokens (B, T)."""
 
     @abstractmethod
     def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         """New tokens behind each of the encoded `prompts`; what follows an end token is not looked at."""
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of `text` behind the start token."""
+        return [self.start, *self.tokenizer.encode(text, **self.plainly)]
+
     def settings(self) -> dict:
         return {"model": self.name, "revision": self.revision, "dtype": self.dtype}
+
+    def story_bits(self, stories: list[str]) -> np.ndarray:
+        """Bits of each story behind the start token, each scored alone, as `evaluate.story_bits` counts them (n,)."""
+        bits = np.zeros(len(stories))
+        for start in tqdm(range(0, len(stories), 20), desc=f"scoring with {self.name}", unit="x20 texts", leave=False):
+            part = slice(start, start + 20)
+            encoded = [np.array(self.encode(story)) for story in stories[part]]
+            bits[part] = story_bits(self.logits_of, encoded, self.seq_len, self.device, self.batch_tokens)
+        return bits
 
     def logprob(self, prompts: list[str], continuations: list[str]) -> np.ndarray:
         """log P(continuation | prompt) in nats, summed over the continuation (n,).
 
-        Defined as log P(prompt + continuation) - log P(prompt), each text tokenized as a whole behind the start token.
-        Where the prompt's tokens begin the joined text's, it is the sum over the tokens behind them. Where a token
-        reaches across the boundary, both texts are scored with their own tokens: the value is still one number for the
-        same bytes in every model, but no longer bound to be negative. Raises ValueError where a joined text does not fit
-        into the context; nothing is cut.
+        Defined as log P(prompt + continuation) - log P(prompt), each text tokenized as a whole. Where a token reaches across
+        the boundary, the value is still one number for the same bytes in every model, but no longer bound to be negative.
+        Raises ValueError where a joined text does not fit into the context; nothing is cut.
         """
         joined = [prompt + continuation for prompt, continuation in zip(prompts, continuations, strict=True)]
         for text in joined:
             if not self.fits(text):
-                raise ValueError(
-                    f"prompt and continuation of {len(self.encode(text))} tokens do not fit into the context of {self.name} "
-                    f"({self.seq_len}): {text[:40]!r} …"
-                )
+                raise ValueError(f"{text[:40]!r} … does not fit into the context of {self.name} ({self.seq_len}).")
         texts = list(dict.fromkeys([*joined, *prompts]))  # several continuations share one prompt
         bits = dict(zip(texts, self.story_bits(texts), strict=True))
         return np.array([(bits[prompt] - bits[text]) * math.log(2) for prompt, text in zip(prompts, joined, strict=True)])
@@ -112,19 +115,15 @@ class ComparedModel(ABC):
         """Whether the whole of `text` is scored in one context: its last token is predicted, not read."""
         return len(self.encode(text)) <= self.seq_len + 1
 
-    def has_room(self, prompt: str) -> bool:
-        """Whether the context holds the prompt and at least one token more."""
-        return len(self.encode(prompt)) < self.seq_len
-
     def complete(self, prompts: list[str], sampling: Sampling = SAMPLING, numbers: list[int] | None = None) -> list[Completion]:
         """One completion of each prompt; `numbers` says which sample of its prompt each is (default: in the order given).
 
         Raises ValueError for a prompt that leaves no room in the context.
         """
-        for prompt in prompts:
-            if not self.has_room(prompt):
-                raise ValueError(f"the prompt {prompt[:40]!r} … leaves no room in the context of {self.name} ({self.seq_len}).")
         encoded = [self.encode(prompt) for prompt in prompts]
+        for prompt, tokens in zip(prompts, encoded, strict=True):
+            if len(tokens) >= self.seq_len:
+                raise ValueError(f"the prompt {prompt[:40]!r} … leaves no room in the context of {self.name} ({self.seq_len}).")
         numbers, done = numbers or sample_numbers(encoded), []
         for start in range(0, len(encoded), self.batch_size):
             part = slice(start, start + self.batch_size)
@@ -134,10 +133,10 @@ class ComparedModel(ABC):
 
     def _completion(self, tokens: list[int], max_tokens: int) -> Completion:
         tokens = tokens[: max_tokens or None]
+        stopped = "max_tokens" if len(tokens) == max_tokens else "context"
         if self.end in tokens:
-            tokens = tokens[: tokens.index(self.end)]
-            return Completion(self.decode(tokens), len(tokens), "end of text")
-        return Completion(self.decode(tokens), len(tokens), "max_tokens" if len(tokens) == max_tokens else "context")
+            tokens, stopped = tokens[: tokens.index(self.end)], "end of text"
+        return Completion(self.tokenizer.decode(tokens), len(tokens), stopped)
 
 
 class BLM(ComparedModel):
@@ -145,22 +144,15 @@ class BLM(ComparedModel):
 
     dtype = "float32"
 
-    def __init__(self, folder: str | Path, device: str = "auto", name: str = "BLM"):
+    def __init__(self, folder: str | Path, device: str = "auto"):
         """Load the model in `folder`. Raises CheckpointError."""
-        self.name = name
-        self.device = _device(device)
+        self.name, self.device = "BLM", _device(device)
         self.model, self.tokenizer = load_model(Path(folder), str(self.device))
         self.revision = sha256(Path(folder) / "model.safetensors")[:16]
-        self.seq_len, self.end = self.model.config.seq_len, self.tokenizer.eot
+        self.seq_len, self.start, self.end = self.model.config.seq_len, self.tokenizer.eot, self.tokenizer.eot
 
-    def encode(self, text: str) -> list[int]:
-        return [self.tokenizer.eot, *self.tokenizer.encode(text)]
-
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens)
-
-    def story_bits(self, stories: list[str]) -> np.ndarray:
-        return _in_parts(self, stories, lambda encoded: story_bits(self.model, encoded, self.seq_len, self.device))
+    def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(tokens)
 
     def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         rows = torch.stack(list(sample_tokens(self.model, prompts, sampling, self.end, numbers)), 1).tolist()
@@ -171,110 +163,80 @@ class BLM(ComparedModel):
 class TransformersModel(ComparedModel):
     """A causal model loaded through transformers, with its own tokenizer."""
 
-    def __init__(self, name: str, device: str = "auto", dtype: torch.dtype = torch.float32, revision: str | None = None):
+    batch_tokens = 2048  # a vocabulary of 50,257 makes logits of 0.4 GB from them
+    plainly: ClassVar[dict] = {"add_special_tokens": False, "verbose": False}
+
+    def __init__(self, name: str, device: str = "auto", dtype: torch.dtype = torch.float32):
         """Load `name`, a hub name or a local folder. Raises UnavailableError."""
         folder = Path(name).expanduser()
         local = folder.is_dir()
-        self.name = folder.resolve().name if local else name
-        self.device = _device(device)
-        self.dtype = str(dtype).removeprefix("torch.")
-        where = {"revision": revision, "local_files_only": True if local else not _hub_answers()}
-        source = str(folder) if local else name
+        source, where = folder if local else name, {"local_files_only": local or not _hub_answers()}
         try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
+            from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
             from transformers import __version__ as release
 
             precision = {"dtype" if int(release.split(".")[0]) >= 5 else "torch_dtype": dtype}
-            self.tokenizer = AutoTokenizer.from_pretrained(source, **where)
-            self.model = AutoModelForCausalLM.from_pretrained(source, **precision, **where).eval().to(self.device)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, clean_up_tokenization_spaces=False, **where)
+            self.model = AutoModelForCausalLM.from_pretrained(source, **precision, **where).eval()
         except (ImportError, OSError, ValueError) as error:
             raise UnavailableError(
                 f"{name} cannot be loaded ({str(error).splitlines()[0]}). It needs the package transformers and either "
                 "a connection to the hub or BLM_GPT2XL set to a folder with the model."
             ) from error
+        self.name = folder.resolve().name if local else name
+        self.device, self.dtype = _device(device), str(dtype).removeprefix("torch.")
+        self.model.to(self.device).generation_config = GenerationConfig()  # its own settings of sampling are not used
         self.revision = _weights_hash(folder) if local else self.model.config._commit_hash
         self.end = self.tokenizer.eos_token_id
-        self.start = self.tokenizer.bos_token_id if self.tokenizer.bos_token_id is not None else self.end
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        if self.end is None or context is None:
-            raise UnavailableError(f"{name} states no end-of-text token or no context length, so it cannot be compared.")
-        self.seq_len = min(int(context), LONGEST_CONTEXT)
+        self.start = self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        self.seq_len = min(self.model.config.max_position_embeddings, LONGEST_CONTEXT)
 
-    def encode(self, text: str) -> list[int]:
-        return [self.start, *self.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
+    def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
 
-    def decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-
-    def story_bits(self, stories: list[str]) -> np.ndarray:
-        def logits_of(tokens: torch.Tensor) -> torch.Tensor:
-            return self.model(input_ids=tokens, use_cache=False).logits
-
-        # A vocabulary of 50,257 makes logits of 0.4 GB from 2,048 tokens.
-        return _in_parts(self, stories, lambda encoded: story_bits(logits_of, encoded, self.seq_len, self.device, 2048))
-
-    @torch.no_grad()
     def draw(self, prompts: list[list[int]], sampling: Sampling, numbers: list[int]) -> list[list[int]]:
         """Prompts stand to the right of a masked padding; the longest of a batch leaves the room that all have."""
         longest = max(map(len, prompts))
-        tokens = torch.full((len(prompts), longest), self.end)
-        mask = torch.zeros_like(tokens)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-            mask[row, longest - len(prompt) :] = 1
-        tokens, mask = tokens.to(self.device), mask.to(self.device)
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = torch.tensor([[self.end] * n + prompt for n, prompt in zip(padding, prompts, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
         room = self.seq_len - longest
         uniform = uniforms(prompts, numbers, sampling.seed, room).to(self.device)
-        cache, drawn = None, []
-        ended = torch.zeros(len(prompts), dtype=torch.bool, device=self.device)
-        for step in range(min(sampling.max_tokens or room, room)):
-            out = self.model(
-                input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            cache = out.past_key_values
-            chosen = torch.where(ended, self.end, next_tokens(out.logits[:, -1].float(), sampling, uniform[:, step]))
-            drawn.append(chosen)
-            ended |= chosen == self.end
-            if ended.all():
-                break
-            tokens, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(tokens)], 1)
-        return torch.stack(drawn, 1).tolist()
+
+        def only_the_drawn(seen: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+            chosen = next_tokens(logits, sampling, uniform[:, seen.shape[1] - longest])
+            return torch.full_like(logits, -math.inf).scatter(1, chosen[:, None], 0.0)
+
+        written = self.model.generate(
+            tokens.to(self.device),
+            attention_mask=mask.to(self.device),
+            logits_processor=[only_the_drawn],
+            max_new_tokens=min(sampling.max_tokens or room, room),
+            do_sample=False,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
+        return written[:, longest:].tolist()
 
 
 def load(name: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> ComparedModel:
-    """The model `name`: a folder of this project, or what transformers loads under that name.
-
-    Raises UnavailableError or CheckpointError.
-    """
-    vocabulary = Path(name) / "tokenizer.model"
-    if vocabulary.is_file():
-        try:
-            Tokenizer(vocabulary)
-        except TokenizerError:  # Llama's folders have a file of that name too
-            return TransformersModel(str(name), device, dtype)
-        return BLM(name, device)
-    return TransformersModel(str(name), device, dtype)
+    """A model of this project in the folder `name`, else what transformers loads under that name. Raises as those two do."""
+    ours = (Path(name) / "tokenizer.model").is_file()
+    return BLM(name, device) if ours else TransformersModel(str(name), device, dtype)
 
 
-def opponent(preset: Preset, device: str = "auto", dtype: torch.dtype = torch.float32) -> TransformersModel:
+def opponent(preset: Preset) -> TransformersModel:
     """The model to compare with: `BLM_GPT2XL`, or what the preset names. Raises UnavailableError."""
     name = os.environ.get("BLM_GPT2XL") or preset.opponent
     if not name:
         raise UnavailableError(f"The preset {preset.name} loads no foreign weights. Set BLM_GPT2XL to a folder or a hub name.")
-    return TransformersModel(name, device, dtype)
+    return TransformersModel(name)
 
 
 def random_gpt2(architecture: dict, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
-    """GPT-2 with random weights, such as `random_gpt2(GPT2_XL)`: as large and as fast as the real one, and it knows nothing.
+    """GPT-2 with random weights, such as `random_gpt2(GPT2_XL)`: as large and as fast as the real one, and it knows nothing."""
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    Raises UnavailableError without transformers.
-    """
-    try:
-        from transformers import GPT2Config, GPT2LMHeadModel
-    except ImportError as error:
-        raise UnavailableError(f"GPT-2's architecture needs the package transformers ({error}).") from error
     return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device, dtype)
 
 
@@ -283,51 +245,40 @@ def record(
 ) -> list[dict]:
     """Completions 0 … samples - 1 of each prompt, read from `out` where it has them, else sampled and added to it.
 
-    One JSON line each: id, group, prompt, sample, completion, tokens, stopped, model, revision, dtype, sampling,
-    seconds (its share of the batch), device, time, versions. Written batch by batch, so that a break costs one
-    batch at most. Raises RecordingError where `out` was made with other settings or other prompts of the same name, and
-    ValueError before anything is sampled where prompts leave no room in the context.
+    One JSON line each; `seconds` is its share of the batch. A break costs one batch at most. Raises RecordingError where `out`
+    was made with other settings or other prompts of the same name, and ValueError as `complete`.
     """
-    too_long = [prompt.id for prompt in prompts if not model.has_room(prompt.text)]
-    if too_long:
-        raise ValueError(
-            f"{len(too_long)} of {len(prompts)} prompts leave no room in the context of {model.name} ({model.seq_len}): "
-            f"{', '.join(too_long)}."
-        )
     settings = {**model.settings(), "sampling": asdict(sampling)}
-    done = {(r["id"], r["sample"]): r for r in resume(out, settings, ("id", "sample", "prompt", "completion"))}
+    done = {(line["id"], line["sample"]): line for line in resume(out, settings)}
     texts = {prompt.id: prompt.text for prompt in prompts}
-    for (name, _), line in done.items():
-        if texts.get(name, line["prompt"]) != line["prompt"]:
-            raise RecordingError(f"{out} holds another prompt under the id {name}. Name another file.")
+    other = {name for (name, _), line in done.items() if texts.get(name, line["prompt"]) != line["prompt"]}
+    if other:
+        raise RecordingError(f"{out} holds another prompt under the id {min(other)}. Name another file.")
     work = [(prompt, sample) for prompt in prompts for sample in range(samples) if (prompt.id, sample) not in done]
-    with tqdm(total=len(work), desc=f"recording {model.name}", unit="completion", disable=not work) as bar:
-        for start in range(0, len(work), model.batch_size):
-            batch = work[start : start + model.batch_size]
-            began = time.perf_counter()
-            completions = model.complete([prompt.text for prompt, _ in batch], sampling, [number for _, number in batch])
-            seconds = (time.perf_counter() - began) / len(batch)
-            lines = [
-                {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
-                | {"completion": completion.text, "tokens": completion.tokens, "stopped": completion.stopped}
-                | {**settings, "seconds": round(seconds, 4), "device": model.device.type}
-                | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
-                for (prompt, sample), completion in zip(batch, completions, strict=True)
-            ]
-            append_lines(out, lines)
-            done |= {(line["id"], line["sample"]): line for line in lines}
-            bar.update(len(batch))
+    for start in tqdm(range(0, len(work), model.batch_size), desc=f"recording {model.name}", unit="batch", disable=not work):
+        batch = work[start : start + model.batch_size]
+        began = time.perf_counter()
+        completions = model.complete([prompt.text for prompt, _ in batch], sampling, [number for _, number in batch])
+        seconds = (time.perf_counter() - began) / len(batch)
+        lines = [
+            {"id": prompt.id, "group": prompt.group, "prompt": prompt.text, "sample": sample}
+            | {"completion": written.text, "tokens": written.tokens, "stopped": written.stopped, **settings}
+            | {"seconds": round(seconds, 4), "device": model.device.type}
+            | {"time": datetime.now(UTC).isoformat(timespec="seconds"), "versions": versions()}
+            for (prompt, sample), written in zip(batch, completions, strict=True)
+        ]
+        append_lines(out, lines)
+        done |= {(line["id"], line["sample"]): line for line in lines}
     return [done[prompt.id, sample] for prompt in prompts for sample in range(samples)]
 
 
 def score_stories(model: ComparedModel, stories: list[str], out: Path) -> np.ndarray:
-    """Bits of each story, read from `out` where it has them, else scored and added to it.
+    """Bits of each story, read from `out` where it has them, else scored and added to it; `out` holds hashes, no text.
 
-    `out` holds hashes and numbers, no text: one JSON line per story with story, bits, bytes, model, revision, dtype.
     Raises RecordingError where it was made with another model.
     """
     settings = model.settings()
-    done = {line["story"]: line["bits"] for line in resume(out, settings, ("story", "bits", "bytes"))}
+    done = {line["story"]: line["bits"] for line in resume(out, settings)}
     missing = [story for story in dict.fromkeys(stories) if story_id(story) not in done]
     for start in range(0, len(missing), 100):
         part = missing[start : start + 100]
@@ -349,15 +300,6 @@ def published_bits() -> tuple[float, float]:
     """GPT2-XL's two published marks in bits per byte; the second is an upper bound, by Jensen's inequality."""
     per_token = PUBLISHED["tokens"] / PUBLISHED["characters"]
     return math.log2(PUBLISHED["perplexity"]) * per_token, math.log2(PUBLISHED["mean_perplexity"]) * per_token
-
-
-def _in_parts(model: ComparedModel, stories: list[str], bits_of) -> np.ndarray:
-    """Bits of `stories`, twenty at a time, so that progress shows."""
-    bits = np.zeros(len(stories))
-    for start in tqdm(range(0, len(stories), 20), desc=f"scoring with {model.name}", unit="x20 texts", leave=False):
-        part = slice(start, start + 20)
-        bits[part] = bits_of([np.array(model.encode(story)) for story in stories[part]])
-    return bits
 
 
 def _device(name: str) -> torch.device:
@@ -390,20 +332,15 @@ def read_lines(path: Path) -> list[dict]:
     """The records of a JSON-lines file. Raises RecordingError naming a broken line."""
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
         try:
-            records.append(json.loads(line))
+            records += [json.loads(line)] if line.strip() else []
         except ValueError as error:
             raise RecordingError(f"{path}, line {number} is not valid JSON ({error}); was the file cut off?") from error
-        if not isinstance(records[-1], dict):
-            raise RecordingError(f"{path}, line {number} is not a record but {line[:40]!r}.")
     return records
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:
     """Add records to a JSON-lines file, on the disk before this returns."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8", newline="\n") as file:
         file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
@@ -411,37 +348,25 @@ def append_lines(path: Path, lines: list[dict]) -> None:
         os.fsync(file.fileno())
 
 
-def resume(path: Path, settings: dict, needed: tuple[str, ...]) -> list[dict]:
+def resume(path: Path, settings: dict) -> list[dict]:
     """The records of a JSON-lines file that is to be continued; none where there is no file yet.
 
     What stands behind the last newline is the half of a record that a break left: it is cut off with a warning, and made
-    again. Raises RecordingError for a broken line elsewhere, a record without the fields `needed`, and a setting that
-    differs from `settings`, by name.
+    again. Raises RecordingError for a broken line elsewhere, and for a setting that differs from `settings`, by name.
     """
-    path = Path(path)
     if not path.is_file():
         return []
     raw = path.read_bytes()
     whole = raw.rfind(b"\n") + 1
     if whole < len(raw):
-        warnings.warn(
-            f"{path} ended in {len(raw) - whole} bytes of a half-written record; they were cut off and will be made again.",
-            stacklevel=3,
-        )
-        with open(path, "r+b") as file:
-            file.truncate(whole)
+        half = f"{len(raw) - whole} bytes of a half-written record"
+        warnings.warn(f"{path} ended in {half}; they were cut off and will be made again.", stacklevel=3)
+        os.truncate(path, whole)
     records = read_lines(path)
-    for number, line in enumerate(records, 1):
-        lacking = [name for name in needed if name not in line]
-        if lacking:
-            raise RecordingError(f"{path}, record {number} has no {', '.join(lacking)}: it was not recorded by this command.")
-        found, wanted = _flat({name: line.get(name) for name in settings}), _flat(settings)
-        for name in wanted | found:
-            if found.get(name) != wanted.get(name):
-                raise RecordingError(
-                    f"{path} was recorded with {name} = {found.get(name)!r}, now it is {wanted.get(name)!r}. "
-                    "Name another file, or use the same settings."
-                )
+    for name, wanted in settings.items():
+        other = next((line.get(name) for line in records if line.get(name) != wanted), wanted)
+        if other != wanted:
+            raise RecordingError(f"{path} was recorded with {name} = {other!r}, now it is {wanted!r}. Name another file.")
     return records
 
 
@@ -449,13 +374,6 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = ["torch", "numpy", "sentencepiece"] + ["transformers"] * ("transformers" in sys.modules)
     return {"blm_core": __version__, "python": sys.version.split()[0], **{name: version(name) for name in packages}}
-
-
-def _flat(settings: dict, before: str = "") -> dict:
-    flat = {}
-    for name, value in settings.items():
-        flat |= _flat(value, f"{before}{name}.") if isinstance(value, dict) else {before + name: value}
-    return flat
 
 
 # ---- Prompts
@@ -478,34 +396,25 @@ class Prompt:
 
 
 def read_prompts(source: str | Path = "own") -> list[Prompt]:
-    """The prompts of `source`: "own", "authors", or a file (.json as ours, .jsonl of recorded completions, .yaml as theirs).
+    """The prompts of `source`: "own", "authors", or a file (.json as ours, .yaml as the authors').
 
-    The same text is kept once. Raises PromptError for a file that holds anything else, DownloadError for the network.
+    Raises PromptError for a file that holds anything else, DownloadError for the network.
     """
-    if source == "own":
-        path = OWN
-    elif source == "authors":
-        folder = build() / "prompts"
-        path = fetch(os.environ.get("BLM_AUTHORS_PROMPTS") or AUTHORS_URL, folder, "BLM_AUTHORS_PROMPTS")
-    else:
-        path = Path(source)
-    import yaml
-
-    raw = path.read_text(encoding="utf-8")
+    path = OWN if source == "own" else Path(source)
+    if source == "authors":
+        address = os.environ.get("BLM_AUTHORS_PROMPTS") or AUTHORS_URL
+        path = fetch(address, build() / "prompts", "BLM_AUTHORS_PROMPTS")
     try:
         if path.suffix in (".yaml", ".yml"):
-            found = [
-                {"id": f"authors-{number:02d}", "group": "story", "prompt": text}
-                for number, text in enumerate(yaml.safe_load(raw), 1)
-            ]
-        elif path.suffix == ".jsonl":
-            found = [record for record in map(json.loads, raw.splitlines()) if record.get("prompt")]
+            import yaml
+
+            texts = yaml.safe_load(path.read_text(encoding="utf-8"))
+            prompts = [Prompt(f"authors-{number:02d}", "story", text) for number, text in enumerate(texts, 1)]
         else:
-            found = json.loads(raw)
-        prompts = [Prompt(str(r["id"]), r.get("group") or r["kind"], r["prompt"]) for r in found]
+            prompts = [Prompt(each["id"], each["group"], each["prompt"]) for each in json.loads(path.read_text("utf-8"))]
+        whole = all(prompt.text.strip() for prompt in prompts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PromptError(f"{path} cannot be read as prompts, each with id, group and prompt: {error!r}") from error
-    unique = list({prompt.text: prompt for prompt in reversed(prompts)}.values())[::-1]
-    if not unique or len({prompt.id for prompt in unique}) < len(unique) or not all(prompt.text.strip() for prompt in unique):
-        raise PromptError(f"{path} holds {len(unique)} prompts; there must be some, none empty, each with an id of its own.")
-    return unique
+    if not prompts or len({prompt.id for prompt in prompts}) < len(prompts) or not whole:
+        raise PromptError(f"{path} holds {len(prompts)} prompts; there must be some, none empty, each with an id of its own.")
+    return prompts
