@@ -9,6 +9,7 @@ from tiny_models import save_blm
 
 from blm_core.config import ROOT, ConfigError
 from blm_core.evidence import ratings
+from blm_core.evidence.__main__ import main
 from blm_core.evidence.ratings import ARMS, RUNGS, SAME, XL, Ratings, RatingsError, Text, problems, take_in
 from blm_core.files import read_json, sha256, write_json, write_json_lines
 
@@ -76,14 +77,15 @@ def recorded(tmp_path, monkeypatch):
         write_json_lines(tmp_path / "recorded" / f"{name}.jsonl", lines)
     real = [f"{ratings.BEGINNING} Wub {i} sang. {' '.join([SENTENCE] * 9)}\n" for i in range(7)]
     (tmp_path / "valid.txt").write_text("<|endoftext|>".join(real))
-    return tmp_path / "recorded", tmp_path / "valid.txt"
+    monkeypatch.setenv("BLM_RECORDED", str(tmp_path / "recorded"))
+    return tmp_path / "valid.txt"
 
 
-def test_sheets_are_made_answered_and_taken_in_and_name_no_arm(recorded, tokenizer, tmp_path):
+def test_sheets_are_made_answered_and_taken_in_and_name_no_arm(recorded, tokenizer, tmp_path, capsys):
     release, sheets, evidence = save_blm(tmp_path / "release", tokenizer, 256), tmp_path / "sheets", tmp_path / "evidence"
-    found = ratings.make(release, *recorded, sheets, evidence)
-    assert found["texts"] == dict.fromkeys(ARMS, 6)
-    assert found["ladder"] == 24
+    judge = ["judge", str(sheets), "--evidence", str(evidence)]
+    make = [*judge, "--make", "--model", str(release), "--valid", str(recorded)]
+    assert main(make) == 0
     key = read_json(evidence / "key.json")
     tasks = [line.split() for line in (sheets / "TASKS.txt").read_text().splitlines()]
     assert len(tasks) == len(list(sheets.glob("*.md"))) == 12 * 2 + 3 + 3 + 5 * 2
@@ -96,18 +98,18 @@ def test_sheets_are_made_answered_and_taken_in_and_name_no_arm(recorded, tokeniz
         lines = [{"id": i, **pair} if "a" in item else answer(i) for i, item in items.items()]
         write_json_lines(answers, lines)
     assert SENTENCE not in str(key)
-    assert take_in(sheets, evidence, "a reader", "1 May") == {}
+    assert main([*judge, "--import", "--rater", "a reader", "--date", "1 May"]) == 0
     rated = Ratings(evidence)
     assert rated.sheets == (40, 40)
-    assert len(rated.alone) == 36
-    assert len(rated.pairs) == found["bare pairs"] + found["longer pairs"]
+    assert [len(rated.arm(arm)) for arm in ARMS] == [6] * 6
     assert len(rated.rungs()) == 6
+    assert {bool(pair.prompt) for pair in rated.pairs} == {True, False}
     assert rated.noise()["texts"] == 12
     # Sheets with other texts do not replace those that the marks belong to.
     before = (sheets / "alone01-r1.md").read_text()
-    recorded[1].write_text(recorded[1].read_text().replace("Wub", "Ploo"))
-    with pytest.raises(RatingsError, match="key of other sheets"):
-        ratings.make(release, *recorded, sheets, evidence)
+    recorded.write_text(recorded.read_text().replace("Wub", "Ploo"))
+    assert main(make) == 1
+    assert "is the key of other sheets" in capsys.readouterr().err
     assert (sheets / "alone01-r1.md").read_text() == before
 
 
