@@ -57,9 +57,6 @@ class RatingsError(ValueError):
     """A sheet, key or answer is broken."""
 
 
-# ---- Texts
-
-
 @dataclass(frozen=True)
 class Text:
     """A treated text of one arm. `source` names it in its recording; `prompt` is the id of a longer beginning, else ""."""
@@ -187,9 +184,6 @@ def joined(prompt: str, completion: str) -> str:
     return prompt + glue + completion
 
 
-# ---- Sheets
-
-
 def in_sheets(items: Sequence, n_sheets: int, twice: int, seed: int) -> list[list]:
     """Shuffled items over sheets of like size; the first `twice` of the shuffled ones stand in the sheet half-way on too."""
     order = list(items)
@@ -248,7 +242,7 @@ def write_sheets(folder: Path, sheets: dict[str, dict]) -> None:
 def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> dict:
     """Write our texts, the key and numbers of all texts to `evidence`, all sheets and TASKS.txt to `folder`; items by set.
 
-    Raises RatingsError where `evidence` holds the key of other sheets: marks given on them would lose their meaning.
+    Raises RatingsError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
     """
     longer, ladder = longer_openings(data), ladder_prompts(data)
     rungs = {next(iter(by_model.values()))["id"]: prompt for prompt, by_model in ladder.items()}
@@ -282,8 +276,9 @@ def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -
     sheets |= numbered("pairs-b", in_sheets([pair[::-1] for pair in first], 3, 6, seed=6))
     sheets |= numbered("ladder", steps)
     key = {name: {i: key_entry(item) for i, item in items.items()} for name, items in sheets.items()}
-    if read_json(evidence / "key.json", key) != key:
-        raise RatingsError(f"{evidence / 'key.json'} is the key of other sheets. Name another folder, or move it away.")
+    marks = evidence / "ratings" / "sheets.json"
+    if read_json(evidence / "key.json", {} if marks.exists() else key) != key:
+        raise RatingsError(f"{evidence} holds the key or the marks of other sheets. Name another folder, or move both away.")
     write_sheets(folder, sheets)
     write_json(evidence / "key.json", key)
     (evidence / "rubric.md").write_text(RUBRIC.read_text(encoding="utf-8"), encoding="utf-8")
@@ -292,9 +287,6 @@ def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -
     write_json_lines(evidence / "blm_texts.jsonl", own)
     counts = {"bare pairs": bare, "longer pairs": len(pairs) - bare, "ladder": len(rows) * 4}
     return {"texts": {arm: len(of) for arm, of in texts.items()}, **counts}
-
-
-# ---- Answers
 
 
 def problems(answers: Sequence[dict], key: dict) -> list[str]:
@@ -317,8 +309,8 @@ def problems(answers: Sequence[dict], key: dict) -> list[str]:
 def take_in(folder: Path, evidence: Path, rater: str, date: str) -> dict[str, str]:
     """Copy every whole answer of `folder` to `evidence`/ratings, and note rater, date and the sheet's SHA-256 in sheets.json.
 
-    Returns for each sheet that was not taken the reason, for a broken one its first three problems. Raises RatingsError for
-    a sheet that was taken before with other marks.
+    What was taken before stays as it is. Returns the reason for each sheet that was not taken, for a broken one its first
+    three problems. Raises RatingsError for a sheet that was taken before with other marks.
     """
     key, noted = read_json(evidence / "key.json", {}), read_json(evidence / "ratings" / "sheets.json", {})
     left = {}
@@ -337,10 +329,10 @@ def take_in(folder: Path, evidence: Path, rater: str, date: str) -> dict[str, st
             left[name] = "; ".join(wrong[:3])
             continue
         lines.sort(key=lambda line: line["id"])
-        if target.exists() and read_lines(target) != lines:
-            raise RatingsError(
-                f"{target} holds other marks of the same sheet. A sheet is taken once; move the file to take it anew."
-            )
+        if target.exists():
+            if read_lines(target) != lines:
+                raise RatingsError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
+            continue
         write_json_lines(target, lines)
         noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": files.sha256(sheet)}
     write_json(evidence / "ratings" / "sheets.json", dict(sorted(noted.items())))
@@ -373,9 +365,6 @@ def ask(folder: Path) -> dict[str, str]:
         with written_aside(target) as aside:
             aside.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
     return failed
-
-
-# ---- What follows
 
 
 @dataclass(frozen=True)
@@ -589,9 +578,6 @@ def _win(name: str, pairs: Sequence[Pair], question: str) -> Line:
     """The share of wins minus one half."""
     rate = _interval(mean_interval, [p.value(question) for p in pairs])
     return _line(name, Interval(*(end - 0.5 for end in rate)), len(pairs))
-
-
-# ---- Earlier marks: facts, reasoning, tracking
 
 
 def earlier_by_kind(evidence: Path) -> dict[str, dict]:
