@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from blm_core import config as configuration
@@ -15,16 +16,7 @@ BEGINNING = "Once upon a time"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m blm_core", description="BLM: a boutique language model.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run, text: str, preset: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        if preset:
-            preset_arguments(sub)
-        return sub
-
+    parser, command = command_line("python -m blm_core", "BLM: a boutique language model.")
     command("train", _train, "Prepare what is missing and train; an interrupted run is continued.", preset=True)
     command("config", _config, "Print a preset with its overrides.", preset=True)
     command("summary", _summary, "Print what a run of the notebooks found.", preset=True)
@@ -32,11 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     generate = command("generate", _generate, "Write stories.")
     generate.add_argument("--prompt", help=f"the beginning (default: standard input if piped, else {BEGINNING!r})")
     generate.add_argument("--n", type=int, default=1, help="how many stories")
-    generate.add_argument("--temperature", type=float, default=0.8)
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=0.95)
-    generate.add_argument("--max-tokens", type=int, default=0, help="new tokens; 0 fills the context")
-    generate.add_argument("--seed", type=int, default=1)
+    sampling_arguments(generate)
 
     evaluate = command("evaluate", _evaluate, "Print bits per byte of a text, <|endoftext|> between stories.")
     evaluate.add_argument("--text", type=Path, required=True)
@@ -49,9 +37,34 @@ def main(arguments: list[str] | None = None) -> int:
     return carry_out(parser, arguments)
 
 
-def preset_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else what fits the machine)")
-    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
+def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callable[..., argparse.ArgumentParser]]:
+    """A parser, and a function that adds a command to it: its name, what runs it, its help, whether it takes a preset."""
+    parser = argparse.ArgumentParser(prog=prog, description=text)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, run: Callable, text: str, preset: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        if preset:
+            sub.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else what fits the machine)")
+            sub.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
+        return sub
+
+    return parser, command
+
+
+def sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int = 0) -> None:
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--max-tokens", type=int, default=max_tokens, help="new tokens; 0 fills the context")
+    parser.add_argument("--seed", type=int, default=1)
+
+
+def sampling_of(args):
+    from blm_core.generate import Sampling
+
+    return Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
 
 
 def preset_of(args) -> Preset:
@@ -87,11 +100,11 @@ def _config(args) -> None:
 
 def _generate(args) -> None:
     from blm_core.checkpoint import load_model
-    from blm_core.generate import Sampling, complete, stream
+    from blm_core.generate import complete, stream
 
     if args.n < 1:
         raise ConfigError(f"--n {args.n} must be at least 1.")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
+    sampling = sampling_of(args)
     model, tokenizer = load_model(args.model, args.device)
     prompt = _piped() if args.prompt is None else args.prompt
     if args.n == 1:

@@ -5,42 +5,33 @@ import contextlib
 import io
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tiny_models import save_blm
 
 from blm_core.__main__ import main
-from blm_core.checkpoint import load_model, save_model
-from blm_core.config import ROOT, ModelConfig, Preset
+from blm_core.checkpoint import load_model
+from blm_core.config import ROOT, Preset
 from blm_core.evidence import publish
-from blm_core.evidence.publish import NOTEBOOKS, PROMPT, SAMPLES, PublishError
+from blm_core.evidence.publish import NOTEBOOKS, PROMPT, RUN_FILES, SAMPLES, PublishError
 from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, complete
-from blm_core.model import LanguageModel
 
 PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
-FILES = ("config.json", "metrics.jsonl", "summary.json")
-HEADS = [{"name": "a head", "layer": 1, "head": 2, "what": "It looks at something."}]
-RECORDED = {
-    "data": {"train_stories": "1,234", "train_megabytes": "5.6"},
-    "tokenizer": {"pieces": "512"},
-    "model": {"parameters": "7,890", "layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "context": 64},
-    "train": {"tokens": "9 M", "steps": "10", "epochs": "1.1", "minutes": "12"}
-    | {"device": "a machine", "torch": "2", "dtype": "float32"},
-    "compare": {"bits_per_byte": "3.210", "stories": "456", "split": "official", "low": "3.100", "high": "3.300"},
-}
+STATED = re.findall(r"{(\w+)\[(\w+)\]}", publish.CARD)  # section and name of what the card takes from the results
+ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
 
 
-def code(source: str, count: int | None, *outputs: dict, tags: tuple = ()) -> dict:
+def code(source: str, count: int, output: dict, *tags: str) -> dict:
     metadata = {"tags": list(tags), "execution": {"iopub.execute_input": "a time"}}
-    return {"cell_type": "code", "source": [source], "execution_count": count, "metadata": metadata, "outputs": list(outputs)}
+    return {"cell_type": "code", "source": [source], "execution_count": count, "metadata": metadata, "outputs": [output]}
 
 
-def stream(name: str, text: str) -> dict:
+def printed(text: str, name: str = "stdout") -> dict:
     return {"output_type": "stream", "name": name, "text": [text]}
 
 
@@ -50,14 +41,16 @@ def picture(**data) -> dict:
 
 def notebook(name: str) -> dict:
     """An executed notebook with one cell of each kind."""
+    svg, png = {"image/svg+xml": [SVG], "image/png": "unused"}, {"image/png": base64.b64encode(PNG).decode()}
     cells = [
         {"cell_type": "markdown", "source": ["# Prose"], "metadata": {}},
-        code("print(number)", 1, stream("stdout", f"a number in {ROOT}/a/b"), stream("stderr", "a bar")),
-        code("show(story)", 2, stream("stdout", "someone's story"), tags=("source-text",)),
-        code("show(own)", 3, stream("stdout", "what this run wrote"), tags=("source-text", "own-run")),
-        code(f"#| label: fig-{name}-vector\nplot()", 4, picture(**{"image/svg+xml": [SVG], "image/png": "unused"})),
-        code(f"#| label: fig-{name}-pixels\nplot()", 5, picture(**{"image/png": base64.b64encode(PNG).decode()})),
-        code("plot()", 6, picture(**{"image/svg+xml": [SVG]})),
+        code("print(number)", 1, printed(f"a number in {ROOT}/a/b")),
+        code("wait()", 2, printed("a bar", "stderr")),
+        code("show(story)", 3, printed("someone's story"), "source-text"),
+        code("show(own)", 4, printed("what this run wrote"), "source-text", "own-run"),
+        code(f"#| label: fig-{name}-vector\nplot()", 5, picture(**svg)),
+        code(f"#| label: fig-{name}-pixels\nplot()", 6, picture(**png)),
+        code("plot()", 7, picture(**svg)),
     ]
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -69,69 +62,57 @@ def preset(tmp_path, smoke, tokenizer, monkeypatch) -> Preset:
     made = replace(smoke, name="made")
     for name in NOTEBOOKS:
         write_json(made.folder / "notebooks" / f"{name}.ipynb", notebook(name))
-    for name in FILES:
+    for name in RUN_FILES:
         write_json(made.folder / "run" / name, {"file": name})
-    config = ModelConfig(vocab_size=len(tokenizer), n_layers=1, d_model=16, n_heads=2, n_kv_heads=1, d_ff=16, seq_len=64)
-    save_model(made.folder / "run" / "model", LanguageModel(config, seed=1), tokenizer)
-    write_json(made.folder / "heads.json", HEADS)
-    for section, values in RECORDED.items():
-        publish.record(made, section, **values)
+    save_blm(made.folder / "run" / "model", tokenizer)
+    write_json(made.folder / "heads.json", ["a head"])
+    for section, name in STATED:
+        publish.record(made, section, **{name: f"{section}'s {name}"})
     return made
 
 
-@pytest.fixture
-def root(tmp_path) -> Path:
-    return tmp_path / "project"
-
-
-def test_source_text_progress_bars_and_this_machine_are_cleared_and_everything_else_stays(preset, root):
-    before = {name: read_json(preset.folder / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
-    publish.publish(preset, root)
+def test_source_text_progress_bars_and_this_machine_are_cleared_and_everything_else_stays(preset, tmp_path):
+    publish.publish(preset, tmp_path / "project")
     for name in NOTEBOOKS:
-        text = (root / "notebooks" / f"{name}.ipynb").read_text()
+        text = (tmp_path / "project" / "notebooks" / f"{name}.ipynb").read_text()
         assert not [found for found in ("someone's story", "a bar", "a time", str(ROOT)) if found in text]
         assert "a number in a/b" in text
         assert "what this run wrote" in text
         assert text.count(SVG) == 2
-        assert read_json(preset.folder / "notebooks" / f"{name}.ipynb") == before[name]  # the reader's own copy stays
+        assert read_json(preset.folder / "notebooks" / f"{name}.ipynb") == notebook(name)  # the reader's own copy stays
 
 
-def test_figures_run_model_and_heads_are_put_where_they_are_committed_and_old_figures_go(preset, root):
-    (root / "figures").mkdir(parents=True)
-    (root / "figures" / "fig-old.svg").write_text(SVG)
-    publish.publish(preset, root)
+def test_figures_run_model_heads_and_card_are_put_where_they_are_committed_and_old_figures_go(preset, tmp_path):
+    figures, release, run = (tmp_path / name for name in ("figures", "release", "runs/made"))
+    figures.mkdir()
+    (figures / "fig-old.svg").write_text(SVG)
+    publish.publish(preset, tmp_path)
     expected = {f"fig-{name}-{kind}" for name in NOTEBOOKS for kind in ("vector.svg", "pixels.png")}
-    assert {path.name for path in (root / "figures").iterdir()} == expected | {"heads.json", "story.md"}
-    assert (root / "figures" / "fig-01_data-vector.svg").read_text() == SVG
-    assert (root / "figures" / "fig-01_data-pixels.png").read_bytes() == PNG
-    assert read_json(root / "figures" / "heads.json") == HEADS
-    assert sorted(path.name for path in (root / "runs" / "made").iterdir()) == sorted(FILES)
-    model, _ = load_model(root / "release")
-    assert model.config.d_model == 16
-
-
-def test_the_card_states_what_was_recorded_and_the_model_wrote_its_samples(preset, root):
-    publish.publish(preset, root)
-    card = (root / "release" / "README.md").read_text()
-    for value in ("7,890", "1,234 stories", "5.6 MB", "3.210 bits per byte", "456 stories (official)", "[3.100, 3.300]"):
-        assert value in card
-    written = complete(*load_model(root / "release"), [PROMPT] * SAMPLES, Sampling())
-    for number, text in enumerate(written, 1):
-        assert f"{number}. {' '.join((PROMPT + text).split())}" in card
-    assert "{" not in card
-    (story,) = re.findall('<div id="blm-still">(.*)</div>', (root / "figures" / "story.md").read_text(), re.DOTALL)
+    assert {path.name for path in figures.iterdir()} == expected | {"heads.json", "story.md"}
+    assert (figures / "fig-01_data-vector.svg").read_text() == SVG
+    assert (figures / "fig-01_data-pixels.png").read_bytes() == PNG
+    assert read_json(figures / "heads.json") == ["a head"]
+    assert sorted(path.name for path in run.iterdir()) == sorted(RUN_FILES)
+    (story,) = re.findall('<div id="blm-still">(.*)</div>', (figures / "story.md").read_text(), re.DOTALL)
     assert "Once" in re.sub("<.*?>", "", story)
+    # The card states what was recorded, and the published model wrote its samples.
+    card = (release / "README.md").read_text()
+    assert STATED
+    assert not [f"{section}'s {name}" for section, name in STATED if f"{section}'s {name}" not in card]
+    assert "{" not in card.split("## Ten samples")[0]
+    for number, text in enumerate(complete(*load_model(release), [PROMPT] * SAMPLES, Sampling()), 1):
+        assert f"{number}. {' '.join((PROMPT + text).split())}" in card
 
 
 def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     (example,) = re.findall("```python\n(.*?)```", (ROOT / "release" / "README.md").read_text(), re.DOTALL)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    written = io.StringIO()
+    with contextlib.redirect_stdout(written):
         exec(compile(example, "the card's example", "exec"), {})
-    assert f"{PROMPT}" in printed.getvalue()
-    assert len(printed.getvalue().split()) > 50
+    assert PROMPT in written.getvalue()
+    assert len(written.getvalue().split()) > 50
 
 
 def test_scores_that_evaluate_printed_stand_in_the_card(preset, tmp_path, capsys):
@@ -144,44 +125,32 @@ def test_scores_that_evaluate_printed_stand_in_the_card(preset, tmp_path, capsys
     assert line.endswith("], 2 stories")
 
 
-def unexecuted(made: dict) -> None:
-    made["cells"][-1]["execution_count"] = None
-
-
-def out_of_order(made: dict) -> None:
-    made["cells"][1]["execution_count"] = 7
-
-
-def failed(made: dict) -> None:
-    made["cells"][-1]["outputs"] = [{"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}]
-
-
-@pytest.mark.parametrize("spoil", [unexecuted, out_of_order, failed])
-def test_a_notebook_that_was_not_executed_from_top_to_bottom_is_refused(preset, root, spoil):
-    path = preset.folder / "notebooks" / "06_inside.ipynb"
-    made = read_json(path)
-    spoil(made)
-    write_json(path, made)
-    with pytest.raises(PublishError, match=r"06_inside\.ipynb was not executed"):
-        publish.publish(preset, root)
-    assert not root.exists()
-
-
 @pytest.mark.parametrize(
-    ("missing", "named"),
+    ("file", "spoilt", "named"),
     [
-        ("notebooks/03_model.ipynb", "03_model"),
-        ("results.json", "no results"),
-        ("heads.json", "run 06_inside"),
-        ("run/summary.json", "summary.json"),
-        ("run/model/config.json", "model/config.json"),
+        ("notebooks/06_inside.ipynb", {"execution_count": None}, "06_inside.ipynb was not executed"),
+        ("notebooks/06_inside.ipynb", {"execution_count": 9}, "06_inside.ipynb was not executed"),
+        ("notebooks/06_inside.ipynb", {"outputs": [ERROR]}, "06_inside.ipynb was not executed"),
+        ("notebooks/03_model.ipynb", None, "03_model"),
+        ("results.json", None, "no results"),
+        ("heads.json", None, "run 06_inside"),
+        ("run/summary.json", None, "summary.json"),
+        ("run/model/config.json", None, "model/config.json"),
     ],
 )
-def test_what_is_missing_is_named_and_nothing_is_published(preset, root, missing, named):
-    (preset.folder / missing).unlink()
+def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(
+    preset, tmp_path, file, spoilt, named
+):
+    path = preset.folder / file
+    if spoilt:
+        made = read_json(path)
+        made["cells"][-1] |= spoilt
+        write_json(path, made)
+    else:
+        path.unlink()
     with pytest.raises(PublishError, match=named):
-        publish.publish(preset, root)
-    assert not root.exists()
+        publish.publish(preset, tmp_path / "project")
+    assert not (tmp_path / "project").exists()
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -198,5 +167,8 @@ def test_any_recorded_text_is_the_same_after_a_yaml_reader(smoke, tmp_path, text
 
 def test_a_table_has_one_line_per_row_text_left_and_numbers_right():
     table = publish.markdown_table(("kind", "count", "story"), [("a|b", 3, "once"), ("c", "1.5 [1, 2]", "2 cats")])
-    assert table.splitlines()[1] == "| :---- | ----------: | :------ |"
-    assert table.splitlines()[2:] == ["| a\\|b | 3 | once |", "| c | 1.5 [1, 2] | 2 cats |"]
+    assert table.splitlines()[1:] == [
+        "| :---- | ----------: | :------ |",
+        "| a\\|b | 3 | once |",
+        "| c | 1.5 [1, 2] | 2 cats |",
+    ]

@@ -1,80 +1,56 @@
 """Command line of experiments, comparison and publishing: `python -m blm_core.evidence COMMAND --help`."""
 
-import argparse
 import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-from blm_core.__main__ import carry_out, preset_arguments, preset_of
+import torch
+
+from blm_core.__main__ import carry_out, command_line, preset_of, sampling_arguments, sampling_of
 from blm_core.config import ROOT, ConfigError
+from blm_core.data import read_stories
+from blm_core.evaluate import ratio_interval
+from blm_core.evidence import export, models, publish, ratings, rehearsal, speed, studies
+from blm_core.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m blm_core.evidence", description="Experiments, comparison and publishing.")
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name: str, run, text: str, preset: bool = False) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        if preset:
-            preset_arguments(sub)
-        return sub
+    parser, command = command_line("python -m blm_core.evidence", "Experiments, comparison and publishing.")
 
     study = command("study", _study, "Carry out experiments; finished runs are kept.")
     study.add_argument("names", nargs="*", help="which studies (default: all)")
     variables = command("variables", _variables, "Write _variables.yml for the report from a preset's results.", preset=True)
     variables.add_argument("--folder", type=Path, default=ROOT)
     command("publish", _publish, "Put executed notebooks, figures, run and model where they are committed.", preset=True)
-    export = command("export", _export, "Write the model as one GGUF file, for llama.cpp.")
-    export.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")
-    export.add_argument("--gguf", type=Path, required=True, metavar="FILE")
-    export.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of matrices (default: f16)")
+    gguf = command("export", _export, "Write the model as one GGUF file, for llama.cpp.")
+    gguf.add_argument("--gguf", type=Path, required=True, metavar="FILE")
+    gguf.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of matrices (default: f16)")
 
     bench = command("bench", _bench, "Measure how fast this machine trains, encodes and samples.")
     bench.add_argument("--presets", help="with commas between them (default: all that fit the machine)")
-    bench.add_argument("--device", default="auto")
     bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
-
     rehearse = command("rehearse", _rehearse, "Ten minutes on the device that decide a long run, and its plan.", preset=True)
-    rehearse.add_argument("--device", default="auto")
     rehearse.add_argument("--steps", type=int, default=200, help="of each of three learning rates")
     rehearse.add_argument("--price-per-hour", type=float, default=2.0)
     rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
 
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
-    record.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
     record.add_argument("--prompts", default="own", help='"own", "authors", or a file (.json, .yaml)')
-    record.add_argument("--out", type=Path, required=True)
     record.add_argument("--samples", type=int, default=3, help="completions of each prompt")
-    record.add_argument("--temperature", type=float, default=0.8)
-    record.add_argument("--top-k", type=int, default=0)
-    record.add_argument("--top-p", type=float, default=0.95)
-    record.add_argument("--max-tokens", type=int, default=200)
-    record.add_argument("--seed", type=int, default=1)
-
+    sampling_arguments(record, max_tokens=200)
     score = command("score", _score, "Write bits of every story under a model to a JSON-lines file; continues a broken one.")
-    score.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
     score.add_argument("--text", type=Path, required=True, help="stories with <|endoftext|> between them")
     score.add_argument("--normalise", action="store_true", help="fold typography and white space first")
     score.add_argument("--stories", type=int, help="only the first so many")
-    score.add_argument("--out", type=Path, required=True)
-
     cost = command("cost", _cost, "Measure size, memory and speed of a model and its opponent by turns; minutes with GPT2-XL.")
-    cost.add_argument("--model", type=Path, default=ROOT / "release", help="folder of a model (default: release/)")
     cost.add_argument("--opponent", help="folder or hub name for transformers (default: BLM_GPT2XL, else gpt2-xl)")
     cost.add_argument("--random", action="store_true", help="the opponent's architecture with random weights")
     cost.add_argument("--prefill", type=int, default=96, help="tokens read at once")
     cost.add_argument("--generated", type=int, default=32, help="tokens written one by one")
     cost.add_argument("--repeats", type=int, default=3)
     cost.add_argument("--threads", type=int, default=0)
-    cost.add_argument("--out", type=Path, required=True)
-    for sub in (record, score):
-        sub.add_argument("--device", default="auto")
-    cost.add_argument("--device", default="cpu")
-    for sub in (record, score, cost):
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
 
     judge = command("judge", _judge, "Blind ratings: write sheets, let a server answer them, take the answers in.")
     judge.add_argument("folder", type=Path, help="of the sheets; answers lie in its folder answers/")
@@ -83,124 +59,93 @@ def main(arguments: list[str] | None = None) -> int:
     way.add_argument("--endpoint", action="store_true", help="ask BLM_JUDGE_URL for BLM_JUDGE_MODEL; key in BLM_JUDGE_KEY")
     way.add_argument("--import", action="store_true", dest="take", help="take whole answers into --evidence")
     judge.add_argument("--evidence", type=Path, default=ROOT / "runs" / "evidence", help="default: runs/evidence/")
-    judge.add_argument("--model", type=Path, default=ROOT / "release", help="folder of our model (default: release/)")
     judge.add_argument("--valid", type=Path, help="real stories, the official validation file, for --make")
     judge.add_argument("--rater", default="", help="who answered, for --import")
     judge.add_argument("--date", default="", help="of the answers, for --import")
 
+    for sub in (record, score):
+        sub.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
+    for sub in (gguf, cost, judge):
+        sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of our model (default: release/)")
+    for sub in (record, score, cost):
+        sub.add_argument("--out", type=Path, required=True)
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
+    for sub in (bench, rehearse, record, score, cost):
+        sub.add_argument("--device", default="cpu" if sub is cost else "auto")
     return carry_out(parser, arguments)
 
 
 def _study(args) -> None:
-    from blm_core.evidence import studies
-
     for name in args.names or [each.name for each in studies.STUDIES]:
         studies.run(studies.find(name))
 
 
 def _variables(args) -> None:
-    from blm_core.evidence import publish
-
     publish.write_variables(preset_of(args), args.folder)
 
 
 def _publish(args) -> None:
-    from blm_core.evidence import publish
-
     publish.publish(preset_of(args))
 
 
 def _export(args) -> None:
-    from blm_core.evidence.export import export_gguf
-
-    export_gguf(args.model, args.gguf, args.dtype)
+    export.export_gguf(args.model, args.gguf, args.dtype)
     print(f"{args.gguf}: {args.gguf.stat().st_size / 1e6:.1f} MB")
 
 
 def _bench(args) -> None:
-    from blm_core.evidence import speed
-
     names = args.presets.split(",") if args.presets else None
     result = speed.bench(names, args.device, speed.QUICK if args.quick else None)
     path = speed.save(result, args.out)
-    print(speed.tables(result))
-    print(f"\nwritten to {path}")
+    print(f"{speed.tables(result)}\n\nwritten to {path}")
 
 
 def _rehearse(args) -> None:
-    from blm_core.evidence import rehearsal, speed
-
     result = rehearsal.rehearse(preset_of(args), args.device, args.steps)
     print(rehearsal.plan(result, args.price_per_hour))
     print(f"\nwritten to {speed.save(result, args.out)}")
 
 
 def _record(args) -> None:
-    import torch
-
-    from blm_core.evidence.models import load, read_prompts, record
-    from blm_core.generate import Sampling
-
     if args.samples < 1:
         raise ConfigError(f"--samples {args.samples} must be at least 1.")
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
-    prompts = read_prompts(args.prompts)
-    model = load(args.model, args.device, getattr(torch, args.dtype))
-    lines = record(model, prompts, args.out, sampling, args.samples)
+    sampling, prompts = sampling_of(args), models.read_prompts(args.prompts)
+    model = models.load(args.model, args.device, getattr(torch, args.dtype))
+    lines = models.record(model, prompts, args.out, sampling, args.samples)
     stopped = Counter(line["stopped"] for line in lines)
     print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}, stopped by {dict(stopped)}")
 
 
 def _score(args) -> None:
-    import torch
-
-    from blm_core.data import read_stories
-    from blm_core.evaluate import ratio_interval
-    from blm_core.evidence.models import load, score_stories
-
     stories = read_stories(args.text, args.normalise)[: args.stories]
-    model = load(args.model, args.device, getattr(torch, args.dtype))
+    model = models.load(args.model, args.device, getattr(torch, args.dtype))
     sizes = [len(story.encode()) for story in stories]
-    value, low, high = ratio_interval(score_stories(model, stories, args.out), sizes)
+    value, low, high = ratio_interval(models.score_stories(model, stories, args.out), sizes)
     print(f"{len(stories):,} stories, {sum(sizes):,} bytes")
     print(f"{value:.4f} bits per byte [{low:.4f}, {high:.4f}] 95 % bootstrap")
 
 
 def _cost(args) -> None:
-    from blm_core.evidence.publish import markdown_table
-    from blm_core.evidence.speed import CostSettings, cost_table, measure_cost
-    from blm_core.files import write_json
-
-    settings = CostSettings(
-        args.prefill, args.generated, args.repeats, device=args.device, dtype=args.dtype, threads=args.threads
-    )
+    settings = speed.CostSettings(args.prefill, args.generated, args.repeats, args.device, args.dtype, args.threads)
     opponent = args.opponent or os.environ.get("BLM_GPT2XL") or "gpt2-xl"
-    result = measure_cost(args.model, opponent, settings, args.random)
+    result = speed.measure_cost(args.model, opponent, settings, args.random)
     write_json(args.out, result)
-    print(markdown_table(*cost_table(result)))
+    print(publish.markdown_table(*speed.cost_table(result)))
 
 
 def _judge(args) -> int:
-    from blm_core.evidence import ratings
-
+    for name in ("valid",) if args.make else ("rater", "date") if args.take else ():
+        if not getattr(args, name):
+            raise ConfigError(f"--{name} must be given too.")
     if args.make:
-        _needs(args, "valid")
         if not os.environ.get("BLM_RECORDED"):
             raise ConfigError("BLM_RECORDED must name the folder of other models' recorded texts.")
         print(ratings.make(args.model, Path(os.environ["BLM_RECORDED"]), args.valid, args.folder, args.evidence))
         return 0
-    if args.take:
-        _needs(args, "rater", "date")
     left = ratings.take_in(args.folder, args.evidence, args.rater, args.date) if args.take else ratings.ask(args.folder)
     for sheet, why in left.items():
         print(f"{sheet}: {why}", file=sys.stderr)
     return int(bool(left))
-
-
-def _needs(args, *names: str) -> None:
-    missing = [f"--{name}" for name in names if not getattr(args, name)]
-    if missing:
-        raise ConfigError(f"{', '.join(missing)} must be given too.")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ Shapes: T tokens, C d_model, V vocabulary, L layers, H query heads, F d_ff, S st
 import contextlib
 import math
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from blm_core.evaluate import Interval, mean_interval, ratio_interval
@@ -114,26 +114,20 @@ def trace(model: LanguageModel, tokens: np.ndarray) -> Trace:
     """Run `model` on tokens (T,) and keep what is inside. Attention is computed anew from queries and keys."""
     T, config, kept = len(tokens), model.config, {}
 
-    def keep(name: str, of_input: bool = False) -> Callable:
+    def keep(module: torch.nn.Module, name: str, of_input: bool = False) -> RemovableHandle:
         def hook(_module, inputs, output):
             kept.setdefault(name, []).append((inputs[0] if of_input else output)[0])
 
-        return hook
+        return module.register_forward_hook(hook)
 
-    layers = model.model["layers"]
-    hooks = [layers[0].register_forward_hook(keep("residual", of_input=True))]
-    for block in layers:
-        hooks += [
-            block.self_attn.q_proj.register_forward_hook(keep("q")),
-            block.self_attn.k_proj.register_forward_hook(keep("k")),
-            block.mlp.down_proj.register_forward_hook(keep("hidden", of_input=True)),
-            block.register_forward_hook(keep("residual")),
-        ]
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(keep(model.model["layers"][0], "residual", of_input=True))
+        for block in model.model["layers"]:
+            hooks.enter_context(keep(block.self_attn.q_proj, "q"))
+            hooks.enter_context(keep(block.self_attn.k_proj, "k"))
+            hooks.enter_context(keep(block.mlp.down_proj, "hidden", of_input=True))
+            hooks.enter_context(keep(block, "residual"))
         model(torch.from_numpy(tokens.astype(np.int64))[None].to(model.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
     q, k = (torch.stack(kept[name]).unflatten(-1, (-1, config.d_head)).transpose(1, 2) for name in "qk")  # (L, H or K, T, D)
     if config.position == "rope":
         q, k = rotate(q, model.cos[:T], model.sin[:T]), rotate(k, model.cos[:T], model.sin[:T])
@@ -153,9 +147,8 @@ def looks(reading: Reading) -> dict[str, np.ndarray]:
     query, key = np.arange(T)[:, None], np.arange(T)[None]
     before, same = key < query, r.tokens[:, None] == r.tokens
     is_name, elsewhere = r.name >= 0, before & (r.word[:, None] != r.word)
-    coming = np.where(
-        np.append(r.word[1:], -1) != r.word, np.append(r.name[1:], -1), -1
-    )  # a name that begins with the next token
+    following, its_name = (np.append(column[1:], -1) for column in (r.word, r.name))
+    coming = np.where(following != r.word, its_name, -1)  # a name that begins with the next token
     return {
         "the start token": before & (key == 0),
         "the token itself": (key == query) & (query > 0),
@@ -265,21 +258,16 @@ def spelling(found: Survey, token_class: str, learned_on: slice, reported_on: sl
     return mean_interval(each[~each.isnan()].numpy())
 
 
-@contextlib.contextmanager
-def switched_off(model: LanguageModel, layer: int, head: int) -> Iterator[None]:
-    """As long as this lasts, `head` of `layer` writes nothing."""
-    size = model.config.d_head
+def switched_off(model: LanguageModel, layer: int, head: int) -> RemovableHandle:
+    """A context manager: as long as it lasts, `head` of `layer` writes nothing."""
+    own = slice(head * model.config.d_head, (head + 1) * model.config.d_head)
 
     def silence(_module, inputs: tuple[Tensor]) -> tuple[Tensor]:
         heads = inputs[0].clone()  # (B, T, H * D)
-        heads[..., head * size : (head + 1) * size] = 0
+        heads[..., own] = 0
         return (heads,)
 
-    hook = model.model["layers"][layer].self_attn.o_proj.register_forward_pre_hook(silence)
-    try:
-        yield
-    finally:
-        hook.remove()
+    return model.model["layers"][layer].self_attn.o_proj.register_forward_pre_hook(silence)
 
 
 @torch.no_grad()

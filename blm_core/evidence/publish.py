@@ -26,11 +26,9 @@ NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]") 
 WIDEST_CELL = 40  # characters; longer cells are broken
 PROMPT = "Once upon a time"
 SAMPLES = 10
-# what stands to the right in a table
+# What stands to the right in a table.
 NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|\u2013|")
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
-
-
 CARD = """---
 language: en
 license: cdla-sharing-1.0
@@ -40,8 +38,8 @@ pipeline_tag: text-generation
 
 # BLM, a boutique language model
 
-A decoder of the Llama family with {parameters} parameters that writes short stories for small children. It was trained from
-scratch with the preset `{preset}` of the project that this folder belongs to.
+A decoder of the Llama family with {model[parameters]} parameters that writes short stories for small children. It was
+trained from scratch with the preset `{preset.name}` of the project that this folder belongs to.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,31 +52,34 @@ Without transformers: `python -m blm_core generate --prompt "{prompt}"`.
 
 ## Data
 
-{stories} stories, {megabytes} MB, of the TinyStories data set (Eldan and Li 2023; its card names the licence
-CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` shows. Validation stories were never trained on.
+{data[train_stories]} stories, {data[train_megabytes]} MB, of the TinyStories data set (Eldan and Li 2023; its card names
+the licence CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` shows. Validation stories were never trained on.
 
 ## Recipe
 
-{layers} layers of width {width}, {heads} query heads on {kv_heads} key/value heads, context {context}, {pieces} pieces.
-{tokens} tokens in {steps} steps ({epochs} epochs), {optimizer}, learning rate {learning_rate:g}, weight decay {decay:g},
-dropout {dropout:g}; {minutes} minutes on {device}, PyTorch {torch}, {dtype}. All settings: `runs/{preset}/config.json`.
+{model[layers]} layers of width {model[width]}, {model[heads]} query heads on {model[kv_heads]} key/value heads,
+context {model[context]}, {tokenizer[pieces]} pieces. {train[tokens]} tokens in {train[steps]} steps ({train[epochs]} epochs),
+{optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
+dropout {preset.model.dropout:g}; {train[minutes]} minutes on {train[device]}, PyTorch {train[torch]}, {train[dtype]}.
+All settings: `runs/{preset.name}/config.json`.
 
 ## Scores
 
-{bits} bits per byte on {scored} stories ({split}), each scored alone, 95 % bootstrap interval over stories [{low}, {high}];
-their text was normalised as for training. {evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
+{compare[bits_per_byte]} bits per byte on {compare[stories]} stories ({compare[split]}), each scored alone, 95 % bootstrap
+interval over stories [{compare[low]}, {compare[high]}]; their text was normalised as for training.
+{evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
 
 ## Limits
 
 It knows the world of its stories and nothing else: no facts, no instructions, no other language, nothing longer than its
-context of {context} tokens. It loses track of who holds what, and its endings can come from nowhere. Nobody has checked
+context of {model[context]} tokens. It loses track of who holds what, and its endings can come from nowhere. Nobody has checked
 what it may say that a child should not read.
 
 ## Ten samples, not picked
 
-The first ten after "{prompt}", temperature {temperature:g}, top-p {top_p:g}, seed {seed}.
+The first ten after "{prompt}", temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}.
 
-{samples}
+{written}
 """
 
 
@@ -100,12 +101,11 @@ def markdown_table(header: tuple, rows: list[tuple]) -> str:
     Where the table is wider than the page, columns share it like the dashes below the header: by their longest cell.
     """
     lines = [[str(cell).replace("|", "\\|") for cell in line] for line in (header, *rows)]
-    widths = [min(max(map(len, column), default=3), WIDEST_CELL) for column in zip(*lines, strict=True)]
-    numeric = [bool(rows) and all(map(NUMBER.fullmatch, column[1:])) for column in zip(*lines, strict=True)]
-    dashes = [
-        f"{'-' * max(3, width)}:" if i and right else f":{'-' * max(3, width)}"
-        for i, (width, right) in enumerate(zip(widths, numeric, strict=True))
-    ]
+    dashes = []
+    for number, column in enumerate(zip(*lines, strict=True)):
+        width = "-" * min(max(3, *map(len, column)), WIDEST_CELL)
+        right = number and rows and all(map(NUMBER.fullmatch, column[1:]))
+        dashes.append(f"{width}:" if right else f":{width}")
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], dashes, *lines[1:]))
 
 
@@ -117,14 +117,10 @@ def write_variables(preset: Preset, folder: Path) -> None:
     lines = [f"# Written by the notebooks with the preset {preset.name}."]
     for section, values in sorted(results.items()):
         lines.append(f"{section}:")
-        lines += [f"  {name}: {_yaml(value)}" for name, value in sorted(values.items())]
-    with written_aside(folder / "_variables.yml") as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _yaml(text: str) -> str:
-    """`text` as a quoted string of YAML: one of JSON in which some more characters are escaped."""
-    return NOT_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
+        for name, value in sorted(values.items()):  # a string of JSON is one of YAML once some more characters are escaped
+            quoted = NOT_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
+            lines.append(f"  {name}: {quoted}")
+    _write(folder / "_variables.yml", ("\n".join(lines) + "\n").encode())
 
 
 def publish(preset: Preset, root: Path = ROOT) -> None:
@@ -144,23 +140,20 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
     shutil.rmtree(figures, ignore_errors=True)
     for name, notebook in executed.items():
         for cell in notebook["cells"]:
-            clear_for_publication(cell)
-            _save_figure(cell, figures)
+            if cell["cell_type"] == "code":
+                clear_for_publication(cell)
+                _save_figure(cell, figures)
         write_json(root / "notebooks" / f"{name}.ipynb", notebook)
-    for name in RUN_FILES:
-        _copy(run / name, root / "runs" / preset.name / name)
-    for path in sorted((run / "model").iterdir()):
-        _copy(path, release / path.name)
-    _copy(heads, figures / "heads.json")
+    copied = {run / name: root / "runs" / preset.name / name for name in RUN_FILES}
+    copied |= {path: release / path.name for path in sorted((run / "model").iterdir())}
+    for source, target in {**copied, heads: figures / "heads.json"}.items():
+        _write(target, source.read_bytes())
     page.write_story(release, figures / "story.md")
-    with written_aside(release / "README.md") as aside:
-        aside.write_text(model_card(preset, *load_model(release), root), encoding="utf-8")
+    _write(release / "README.md", model_card(preset, *load_model(release), root).encode())
 
 
 def clear_for_publication(cell: dict) -> None:
-    """Clear the outputs that show source text, and progress bars, times and this machine's paths wherever they stand."""
-    if cell["cell_type"] != "code":
-        return
+    """Clear a code cell's outputs where they show source text, and always progress bars, times and this machine's paths."""
     tags = cell["metadata"].get("tags", [])
     if SOURCE_TEXT in tags and OWN_RUN not in tags:
         cell["outputs"] = []
@@ -185,51 +178,31 @@ def _executed(path: Path) -> dict:
 
 def _save_figure(cell: dict, folder: Path) -> None:
     label = LABEL.search("".join(cell["source"]))
-    for output in cell.get("outputs", []) if label else []:
-        data = output.get("data", {})
-        if "image/svg+xml" in data:
-            with written_aside(folder / f"{label[1]}.svg") as aside:
-                aside.write_text("".join(data["image/svg+xml"]), encoding="utf-8")
-        elif "image/png" in data:
-            with written_aside(folder / f"{label[1]}.png") as aside:
-                aside.write_bytes(base64.b64decode(data["image/png"]))
+    for output in cell["outputs"] if label else []:
+        match output.get("data"):
+            case {"image/svg+xml": svg}:
+                _write(folder / f"{label[1]}.svg", "".join(svg).encode())
+            case {"image/png": png}:
+                _write(folder / f"{label[1]}.png", base64.b64decode(png))
 
 
-def _copy(source: Path, target: Path) -> None:
+def _write(target: Path, content: bytes) -> None:
     with written_aside(target) as aside:
-        shutil.copyfile(source, aside)
+        aside.write_bytes(content)
 
 
 def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root: Path = ROOT) -> str:
     """The card in Markdown, from what the notebooks of `preset` have recorded; `model` writes the samples."""
-    results, sampling = read_json(preset.folder / "results.json"), Sampling()
-    evaluated = evaluations(root / "runs" / preset.name / "evaluate.jsonl")
-    data, shape, run, compared = (results[name] for name in ("data", "model", "train", "compare"))
+    sampling, evaluated = Sampling(), evaluations(root / "runs" / preset.name / "evaluate.jsonl")
     texts = complete(model, tokenizer, [PROMPT] * SAMPLES, sampling)
-    samples = [" ".join(f"{PROMPT}{text}".split()) for text in texts]
     return CARD.format(
-        parameters=shape["parameters"],
-        preset=preset.name,
+        **read_json(preset.folder / "results.json"),
+        preset=preset,
         prompt=PROMPT,
-        stories=data["train_stories"],
-        megabytes=data["train_megabytes"],
-        **{name: shape[name] for name in ("layers", "width", "heads", "kv_heads", "context")},
-        pieces=results["tokenizer"]["pieces"],
-        **{name: run[name] for name in ("tokens", "steps", "epochs", "minutes", "device", "torch", "dtype")},
         optimizer="Muon and AdamW" if preset.train.optimizer == "muon" else "AdamW",
-        learning_rate=preset.train.learning_rate,
-        decay=preset.train.weight_decay,
-        dropout=preset.model.dropout,
-        bits=compared["bits_per_byte"],
-        scored=compared["stories"],
-        split=compared["split"],
         evaluated=f"As it stands in the files, by `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
-        low=compared["low"],
-        high=compared["high"],
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        seed=sampling.seed,
-        samples="\n".join(f"{number}. {text}" for number, text in enumerate(samples, 1)),
+        sampling=sampling,
+        written="\n".join(f"{number}. {' '.join(f'{PROMPT}{text}'.split())}" for number, text in enumerate(texts, 1)),
     )
 
 
