@@ -1,4 +1,4 @@
-# make run            environment, six notebooks, summary, report (PRESET=smoke; also cpu or a100)
+# make run            environment, six notebooks, summary, report (PRESET=smoke; also cpu, distilled or a100)
 # make test           linter, formatter, notebooks against their stored outputs, test suite
 # make test-graded    notebooks and test suite again, under PyTorch 2.1 and NumPy 1
 # make publish        put what `make run PRESET=...` made where it is committed

@@ -46,7 +46,7 @@ def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callabl
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if preset:
-            sub.add_argument("--preset", help="smoke, cpu or a100 (default: BLM_PRESET, else what fits the machine)")
+            sub.add_argument("--preset", help="smoke, cpu, distilled or a100 (default: BLM_PRESET, else what fits the machine)")
             sub.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
         return sub
 

@@ -1,6 +1,6 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `a100`), else by the machine: `a100` on a large GPU, else `smoke`.
+- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `distilled`, `a100`), else by the machine: `a100` on a large GPU, else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
 - Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to

@@ -162,7 +162,7 @@ def test_a_preset_is_printed_with_its_overrides(blm):
 @pytest.mark.parametrize("command", ["config", "train", "summary", "variables", "publish"])
 def test_an_unknown_key_or_preset_is_refused_by_name_by_every_command_that_takes_settings(blm, command):
     refused(blm(command, "--preset", "smoke", "train.colour=red"), "train.colour=red", "train.steps")
-    refused(blm(command, "--preset", "huge"), "'huge'", "smoke, study, cpu, a100")
+    refused(blm(command, "--preset", "huge"), "'huge'", "smoke, study, cpu, distilled, a100")
 
 
 def test_what_a_command_still_needs_is_named(blm, own_build, tmp_path):

@@ -59,14 +59,14 @@ the licence CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` sh
 
 {model[layers]} layers of width {model[width]}, {model[heads]} query heads on {model[kv_heads]} key/value heads,
 context {model[context]}, {tokenizer[pieces]} pieces. {train[tokens]} tokens in {train[steps]} steps ({train[epochs]} epochs),
-{optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
+{taught}{optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
 dropout {preset.model.dropout:g}; {train[minutes]} minutes on {train[device]}, PyTorch {train[torch]}, {train[dtype]}.
 All settings: `runs/{preset.name}/config.json`.
 
 ## Scores
 
 {compare[bits_per_byte]} bits per byte on {compare[stories]} stories ({compare[split]}), each scored alone, 95 % bootstrap
-interval over stories [{compare[low]}, {compare[high]}]; their text was normalised as for training.
+interval over stories [{compare[low]}, {compare[high]}].
 {evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
 
 ## Limits
@@ -81,6 +81,7 @@ The first ten after "{prompt}", temperature {sampling.temperature:g}, top-p {sam
 
 {written}
 """
+TAUGHT = "{} larger models were trained first; {:.0%} of the loss asks for their mean prediction, the rest for the text."
 
 
 class PublishError(RuntimeError):
@@ -144,7 +145,9 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
                 clear_for_publication(cell)
                 _save_figure(cell, figures)
         write_json(root / "notebooks" / f"{name}.ipynb", notebook)
-    copied = {run / name: root / "runs" / preset.name / name for name in RUN_FILES}
+    kept = root / "runs" / preset.name
+    runs = {run: kept} | {teacher: kept / "teachers" / teacher.name for teacher in (preset.folder / "teachers").glob("*")}
+    copied = {each / name: target / name for each, target in runs.items() for name in RUN_FILES}
     copied |= {path: release / path.name for path in sorted((run / "model").iterdir())}
     for source, target in {**copied, heads: figures / "heads.json"}.items():
         _write(target, source.read_bytes())
@@ -199,6 +202,7 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root:
         **read_json(preset.folder / "results.json"),
         preset=preset,
         prompt=PROMPT,
+        taught=f"{TAUGHT.format(len(preset.teachers), preset.train.teacher_weight)} " if preset.teachers else "",
         optimizer="Muon and AdamW" if preset.train.optimizer == "muon" else "AdamW",
         evaluated=f"As it stands in the files, by `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
         sampling=sampling,
