@@ -1,6 +1,7 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `distilled`, `a100`), else by the machine: `a100` on a large GPU, else `smoke`.
+- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `distilled`, `a100`), else by the machine: `a100` on a large GPU,
+  else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
 - Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
@@ -302,8 +303,9 @@ PRESETS = {
             isolate_stories=True,
             batch_size=1024,
             micro_batch_size=128,
-            learning_rate=1e-3,
+            learning_rate=4e-3,
             warmup_steps=500,
+            final_learning_rate=0.0,
             dtype="bfloat16",
             compile=True,
             eval_every=500,
