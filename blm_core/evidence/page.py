@@ -105,7 +105,7 @@ def still(words: list[tuple[str, float]]) -> str:
         for (text, _), colour in zip(shades, colours, strict=True)
     ]
     return f"""```{{=html}}
-<div id="blm-still">{"".join(spans)}</div>
+<div class="blm-paper">{"".join(spans)}</div>
 ```
 
 ```{{=typst}}

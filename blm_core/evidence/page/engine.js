@@ -21,7 +21,7 @@ async function inflate(base64, progress = () => {}) {
     await Promise.race([writer.write(bytes), read]); // damaged data ends the reading side with an error
     await progress(Math.min(1, (at + SLICE) / base64.length));
   }
-  writer.close();
+  await Promise.race([writer.close(), read]);
   return read;
 }
 
