@@ -93,7 +93,7 @@ def test_figures_run_model_heads_and_card_are_put_where_they_are_committed_and_o
     assert (figures / "fig-01_data-pixels.png").read_bytes() == PNG
     assert read_json(figures / "heads.json") == ["a head"]
     assert sorted(path.name for path in run.iterdir()) == sorted(RUN_FILES)
-    (story,) = re.findall('<div id="blm-still">(.*)</div>', (figures / "story.md").read_text(), re.DOTALL)
+    (story,) = re.findall('<div class="blm-paper">(.*)</div>', (figures / "story.md").read_text(), re.DOTALL)
     assert "Once" in re.sub("<.*?>", "", story)
     # The card states what was recorded, and the published model wrote its samples.
     card = (release / "README.md").read_text()

@@ -1,7 +1,8 @@
-"""The released model inside the report's HTML: weights in eight bits, engine and interface in one fragment.
+"""The released model inside the report's HTML: rounded weights, engine and interface in one fragment.
 
-- Every matrix is kept as whole numbers from -127 to 127 with one float32 scale a row; gains of norms stay float32
+- Every matrix is kept as whole numbers of a byte with one float32 scale a row; gains of norms stay float32
 - Everything is one zlib stream in base64, inside a script element: a page opened as a file may not fetch anything
+- The stream codes a byte by how often it occurs, so that fewer levels make a smaller page
 - `page/engine.js` unpacks and runs it, `page/page.js` is the interface
 """
 
@@ -25,19 +26,20 @@ from blm_core.tokenizer import SPACE_MARK, Tokenizer
 
 SOURCES = Path(__file__).parent / "page"
 BEGINNING = "Once upon a time"
+LARGEST = 43  # matrices become whole numbers from -43 to 43; with more, ten million parameters would take over 10 MB
 SURPRISE, SHADE = 8, 0.75  # bits at which a word is shaded darkest, and how dark, as in page.js and page.css
 CONFIG = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head", "d_ff", "seq_len", "rope_base", "norm_eps")
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` (rows, columns) as int8 and the float32 scale of each row (rows,); their product is at most half a step off."""
-    scales = weight.float().abs().amax(1).clamp(min=1e-12) / 127
+    scales = weight.float().abs().amax(1).clamp(min=1e-12) / LARGEST
     return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
 
 
 @torch.no_grad()
-def round_to_eight_bits(model: LanguageModel) -> LanguageModel:
-    """Replace the matrices of `model` by what eight bits keep of them, and return it."""
+def rounded(model: LanguageModel) -> LanguageModel:
+    """Replace the matrices of `model` by what the page keeps of them, and return it."""
     for weight in model.parameters():
         if weight.ndim == 2:
             values, scales = quantised(weight)
@@ -103,7 +105,7 @@ def still(words: list[tuple[str, float]]) -> str:
         for (text, _), colour in zip(shades, colours, strict=True)
     ]
     return f"""```{{=html}}
-<div id="blm-still">{"".join(spans)}</div>
+<div class="blm-paper">{"".join(spans)}</div>
 ```
 
 ```{{=typst}}
@@ -123,7 +125,7 @@ def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads
     parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
     parts = [
         f"<style>\n{style}</style>",
-        markup.replace("{temperature}", str(temperature)).replace("{parameters}", f"{parameters:.2f}"),
+        markup.replace("{temperature}", str(temperature)).replace("{parameters}", f"{parameters:.1f}"),
         f'<script type="text/plain" id="blm-model">{pack(Path(release), read_json(heads, []))}</script>',
         f"<script>\n(() => {{\n{engine}\n{page}\n}})();\n</script>",
     ]

@@ -1,6 +1,6 @@
 // The released model in plain JavaScript: unpack the weights, text to tokens, one step of the network, choose a token.
 //
-// - Weights are eight-bit whole numbers with one scale a row, as blm_core/evidence/page.py packs them
+// - Weights are whole numbers of one byte with one scale a row, as blm_core/evidence/page.py packs them
 // - A decoder of the Llama family; blm_core/model.py is the same arithmetic in PyTorch
 // - Keys and values are kept per position, so that any position can be read again
 // - Nothing is asked of the network
@@ -21,7 +21,7 @@ async function inflate(base64, progress = () => {}) {
     await Promise.race([writer.write(bytes), read]); // damaged data ends the reading side with an error
     await progress(Math.min(1, (at + SLICE) / base64.length));
   }
-  writer.close();
+  await Promise.race([writer.close(), read]);
   return read;
 }
 
@@ -88,7 +88,7 @@ class Model {
     return new Model(await inflate(base64, progress));
   }
 
-  // `buffer`: length of the header, header (JSON), all float32 numbers, all eight-bit numbers.
+  // `buffer`: length of the header, header (JSON), all float32 numbers, all whole numbers.
   constructor(buffer) {
     const size = new Uint32Array(buffer, 0, 1)[0];
     const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, size)));
@@ -101,7 +101,7 @@ class Model {
     }
     for (const { name, rows, columns } of header.tensors.filter((tensor) => tensor.columns)) {
       const scales = this.weights[name];
-      const values = Float32Array.from(new Int8Array(buffer, at, rows * columns)); // a third faster than eight bits
+      const values = Float32Array.from(new Int8Array(buffer, at, rows * columns)); // a third faster than whole numbers
       for (let i = 0; i < values.length; i++) values[i] *= scales[Math.floor(i / columns)];
       this.weights[name] = { rows, columns, values };
       at += rows * columns;

@@ -111,6 +111,7 @@ async function write(beginning, from = 0) {
   close();
   find(".write").textContent = "Stop";
   find(".views").hidden = find(".paper").hidden = false;
+  if (find(".paper").getBoundingClientRect().top > innerHeight / 2) root.scrollIntoView(); // or few lines would be seen
   still?.setAttribute("hidden", "");
   story.classList.add("writing");
   find(".status").textContent = find(".spoken[aria-live]").textContent = "";
@@ -284,7 +285,7 @@ function chooseHead() {
   const [layer, h] = headAt();
   const found = model.heads.find((one) => one.layer === layer + 1 && one.head === h + 1);
   find(".what").textContent = found?.what ?? "";
-  find(".switch").textContent = `Switch this head ${model.off.has(head.value) ? "on" : "off"} and write again`;
+  find(".switch").textContent = `Switch it ${model.off.has(head.value) ? "on" : "off"} and write again`;
   if (chosen) look(chosen);
   else {
     words.forEach((word) => shade(word));
