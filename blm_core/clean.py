@@ -5,10 +5,11 @@
 - `normalise` folds a text further, to printable ASCII and white space without meaning, so that copies can be compared.
 """
 
-import hashlib
 import re
 import unicodedata
 from functools import partial
+
+from blm_core.files import text_sha256
 
 REPAIRS = ("mojibake repaired", "characters folded", "white space tidied")
 DROPS = (
@@ -121,8 +122,7 @@ def words(text: str) -> list[str]:
 
 def story_key(text: str) -> int:
     """64 bits that name a story whatever its case, punctuation and white space."""
-    digest = hashlib.sha256(" ".join(words(text)).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    return int(text_sha256(" ".join(words(text)))[:16], 16)
 
 
 def is_held_out(key: int, share: float) -> bool:

@@ -6,7 +6,6 @@
 - Everything counted goes into `manifest.json`, written last: where it is, the work is finished.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -30,6 +29,7 @@ from blm_core.files import (
     pack_sample,
     read_json_lines,
     sha256,
+    text_sha256,
     unpack,
     write_json,
     write_json_lines,
@@ -144,7 +144,7 @@ def split_files(folder: Path, split: str) -> list[Path]:
 def split_hash(stories) -> str:
     """One hash for a set of stories, whatever their order: the same stories give the same hash on any machine."""
     keys = sorted({clean.story_key(story) for story in stories})
-    return hashlib.sha256(" ".join(f"{key:016x}" for key in keys).encode()).hexdigest()[:16]
+    return text_sha256(" ".join(f"{key:016x}" for key in keys))[:16]
 
 
 def pooled(function, items: list, what: str, initializer=None, arguments=()) -> list:

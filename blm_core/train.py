@@ -9,7 +9,6 @@
 
 import contextlib
 import copy
-import hashlib
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from blm_core.checkpoint import llama_config, load_model, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.evaluate import ratio_interval, story_bits
-from blm_core.files import read_json, sha256, write_json, written_aside
+from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, written_aside
 from blm_core.hardware import PowerSampler, device_name, memory, mfu, precision, resolve_dtype
 from blm_core.model import Distilled, LanguageModel, dropout_bytes, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers, restore
@@ -60,7 +59,7 @@ class RunLog:
 
             # Every preset's run lies in a folder of the name `run`: the identity and the whole path tell runs apart.
             where = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
-            run_id = f"{preset.name}-{hashlib.sha256(where.encode()).hexdigest()[:8]}"
+            run_id = f"{preset.name}-{text_sha256(where)[:8]}"
             self._wandb = wandb.init(project="blm", dir=str(folder), name=run_id, id=run_id, resume="allow")
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
 
@@ -94,7 +93,7 @@ def _needed(package: str):
 
 def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
     """The lines of `metrics.jsonl`: those of training, those of validation."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
     return [x for x in lines if "loss" in x], [x for x in lines if "validation_bits_per_byte" in x]
 
 

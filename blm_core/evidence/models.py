@@ -10,7 +10,6 @@ transformers is imported here and nowhere else, and only when such a model is lo
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -33,7 +32,7 @@ from blm_core import __version__
 from blm_core.checkpoint import load_model
 from blm_core.config import HUB, Preset, build
 from blm_core.evaluate import story_bits
-from blm_core.files import fetch, sha256
+from blm_core.files import fetch, read_json_lines, sha256, text_sha256
 from blm_core.generate import Sampling, next_tokens, sample_numbers, sample_tokens, uniforms
 
 SAMPLING = Sampling(temperature=0.8, top_k=0, top_p=0.95, max_tokens=200, seed=1)  # for every model, unless said otherwise
@@ -293,7 +292,7 @@ def score_stories(model: ComparedModel, stories: list[str], out: Path) -> np.nda
 
 def story_id(story: str) -> str:
     """A hash of the exact text."""
-    return hashlib.sha256(story.encode()).hexdigest()[:16]
+    return text_sha256(story)[:16]
 
 
 def published_bits() -> tuple[float, float]:
@@ -318,7 +317,7 @@ def _hub_answers() -> bool:
 def _weights_hash(folder: Path) -> str:
     """A name for the weights in a local folder."""
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    return hashlib.sha256("".join(sha256(path) for path in weights).encode()).hexdigest()[:16]
+    return text_sha256("".join(sha256(path) for path in weights))[:16]
 
 
 # ---- Files that are continued after a break
@@ -330,13 +329,10 @@ class RecordingError(ValueError):
 
 def read_lines(path: Path) -> list[dict]:
     """The records of a JSON-lines file. Raises RecordingError naming a broken line."""
-    records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        try:
-            records += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise RecordingError(f"{path}, line {number} is not valid JSON ({error}); was the file cut off?") from error
-    return records
+    try:
+        return list(read_json_lines(path))
+    except ValueError as error:
+        raise RecordingError(f"{error}; was the file cut off?") from error
 
 
 def append_lines(path: Path, lines: list[dict]) -> None:

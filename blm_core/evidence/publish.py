@@ -14,7 +14,7 @@ from pathlib import Path
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, Preset
 from blm_core.evidence import page
-from blm_core.files import read_json, write_json, written_aside
+from blm_core.files import read_json, read_json_lines, write_json, written_aside
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import Tokenizer
@@ -212,5 +212,5 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root:
 
 def evaluations(path: Path) -> list[str]:
     """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = read_json_lines(path) if path.is_file() else []
     return [f"{x['text']} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories" for x in lines]

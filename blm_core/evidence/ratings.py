@@ -13,19 +13,17 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 
-from blm_core import files
 from blm_core.checkpoint import load_model
 from blm_core.clean import normalise
 from blm_core.config import ROOT, ConfigError
 from blm_core.evaluate import Interval, difference_interval, mean_interval, paired_difference, verdict
 from blm_core.evidence.models import read_lines
 from blm_core.evidence.text import measure
-from blm_core.files import read_json, write_json, write_json_lines, written_aside
+from blm_core.files import read_json, sha256, text_sha256, write_json, write_json_lines, written_aside
 from blm_core.generate import Sampling, complete
 
 BEGINNING = "Once upon a time"
@@ -103,7 +101,7 @@ def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) 
 
     The arm decides the decoding; `revision` names the weights.
     """
-    (model, tokenizer), revision = load_model(release), files.sha256(release / "model.safetensors")[:16]
+    (model, tokenizer), revision = load_model(release), sha256(release / "model.safetensors")[:16]
     found = []
     for arm, prompts, n in wanted:
         names = [(name, i) for name in prompts for i in range(n)]
@@ -175,7 +173,7 @@ def ladder_prompts(data: Path) -> dict[str, dict[str, dict]]:
         if r["id"].startswith("tinyscalelab") and r["kind"] == "story":
             found.setdefault(r["prompt"], {}).setdefault(r["model"], r)
     whole = [prompt for prompt, by_model in found.items() if len(by_model) == len(RUNGS)]
-    return {prompt: found[prompt] for prompt in sorted(whole, key=lambda p: sha256(p.encode()).hexdigest())[:40]}
+    return {prompt: found[prompt] for prompt in sorted(whole, key=lambda p: text_sha256(p))[:40]}
 
 
 def joined(prompt: str, completion: str) -> str:
@@ -211,7 +209,7 @@ def key_entry(item: Text | tuple[Text, Text]) -> dict:
     """Whose an item is, without its text."""
     if isinstance(item, tuple):
         return {"a": key_entry(item[0]), "b": key_entry(item[1]), "prompt": item[0].prompt}
-    digest = sha256(item.text.encode()).hexdigest()[:16]
+    digest = text_sha256(item.text)[:16]
     return {"source": item.source, "arm": item.arm, "words": item.n_words, "sha256": digest}
 
 
@@ -334,7 +332,7 @@ def take_in(folder: Path, evidence: Path, rater: str, date: str) -> dict[str, st
                 raise RatingsError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
             continue
         write_json_lines(target, lines)
-        noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": files.sha256(sheet)}
+        noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": sha256(sheet)}
     write_json(evidence / "ratings" / "sheets.json", dict(sorted(noted.items())))
     return left
 
