@@ -47,12 +47,14 @@ def test_the_plain_loop_learns(smoke):
 @pytest.mark.parametrize(
     ("batch_size", "rates", "fastest"),
     [
-        (64, {8: 100, 16: 180, 32: 230, 64: 210}, 32),
+        (64, {8: 100, 16: 180, 32: 230, 64: 231}, 32),  # nearly as fast, in half the memory
         (1024, {8: 100, 16: 180, 32: None}, 16),
         (48, {8: 100, 16: 200}, 16),
     ],
 )
-def test_the_fastest_micro_batch_is_taken_and_the_search_ends_where_memory_does(smoke, batch_size, rates, fastest):
+def test_the_smallest_of_the_fastest_micro_batches_is_taken_and_the_search_ends_where_memory_does(
+    smoke, batch_size, rates, fastest
+):
     class Timed(Loop):
         def run(self, steps: int, micro_batch_size: int) -> float:
             if not rates[micro_batch_size]:

@@ -41,6 +41,7 @@ from blm_core.train import Processes, _compiled, _step
 BENCHMARKS = ROOT / "runs" / "bench"
 MOST_FLOPS_ON_CPU = 5e12  # of one step: above, it takes minutes
 FIRST_MICRO_BATCH = 8  # smaller ones leave any GPU idle
+NEARLY = 0.97  # as fast as the fastest: the rest is noise
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,10 @@ def now(device: torch.device) -> float:
 
 
 def choose_micro_batch(loop: Loop) -> list[dict]:
-    """Double the micro-batch until memory runs out or the batch is whole, restart with the fastest; what each size gave.
+    """Double the micro-batch until memory runs out or the batch is whole, and restart with the fastest; what each size gave.
 
-    Sizes that do not divide the batch are not tried. Raises torch.cuda.OutOfMemoryError where the first does not fit.
+    Of sizes that are nearly as fast the smallest is taken. Those that do not divide the batch are not tried.
+    Raises torch.cuda.OutOfMemoryError where the first does not fit.
     """
     batch, tried = loop.preset.train.batch_size, []
     size = min(FIRST_MICRO_BATCH, batch)
@@ -189,12 +191,13 @@ def choose_micro_batch(loop: Loop) -> list[dict]:
             loop.run(1, micro_batch_size=size)
             found |= {"tokens_per_second": round(loop.rate(1, micro_batch_size=size)), "memory_gb": memory(loop.device)}
         except torch.cuda.OutOfMemoryError:
-            if size == tried[0]["micro_batch_size"]:
+            if len(tried) == 1:
                 raise
             break
         size *= 2
-    fastest = max(tried, key=lambda found: found["tokens_per_second"] or 0)
-    loop.restart(micro_batch_size=fastest["micro_batch_size"])
+    most = max(found["tokens_per_second"] or 0 for found in tried)
+    chosen = next(found for found in tried if (found["tokens_per_second"] or 0) >= NEARLY * most)
+    loop.restart(micro_batch_size=chosen["micro_batch_size"])
     torch.cuda.empty_cache()
     return tried
 
@@ -221,17 +224,6 @@ def training_row(loop: Loop, effort: Effort) -> dict:
         "memory_gb": memory(device),
         "watts": watts,
     }
-
-
-def training_rows(loop: Loop, effort: Effort) -> list[dict]:
-    """A row eager and, where the preset asks for that, one compiled; on CUDA with the fastest micro-batch."""
-    if loop.device.type == "cuda":
-        choose_micro_batch(loop)
-    rows = [training_row(loop, effort)]
-    if effort.compile and loop.preset.train.compile:
-        loop.compile()
-        rows += [training_row(loop, effort)] if loop.mode == "compiled" else []
-    return rows
 
 
 def isolation_ratio(loop: Loop, effort: Effort) -> dict:
@@ -311,7 +303,8 @@ def sampling_ratio(folder: Path, effort: Effort, batch_size: int) -> dict:
 def bench(names: list[str] | None = None, device: str = "auto", effort: Effort | None = None) -> dict:
     """Everything, for the presets called `names`, as plain values for JSON. Raises ConfigError.
 
-    Without `names`, all presets that the machine can measure in minutes. Ratios of training are those of the largest.
+    Without `names`, all presets that the machine can measure in minutes. Each has a row eager and, where it asks for that, one
+    compiled, on CUDA with the fastest micro-batch. Ratios of training are those of the largest.
     """
     effort, where = effort or Effort(), _device(device)
     presets = {preset: flops_per_token(preset.model) for preset in map(configuration.load, names or configuration.PRESETS)}
@@ -320,8 +313,15 @@ def bench(names: list[str] | None = None, device: str = "auto", effort: Effort |
     rows = []
     for preset in sorted(presets, key=presets.get):
         loop = Loop(preset, where)
-        rows += training_rows(loop, effort)
-    ratios = [measure(loop, effort) for measure in [isolation_ratio] + [plain_ratio] * (where.type == "cpu")]
+        if where.type == "cuda":
+            choose_micro_batch(loop)
+        rows.append(training_row(loop, effort))
+        if effort.compile and preset.train.compile:
+            loop.compile()
+            rows += [training_row(loop, effort)] if loop.mode == "compiled" else []
+    ratios = [isolation_ratio(loop, effort)]
+    if where.type == "cpu":
+        ratios.append(plain_ratio(loop, effort))
     ratios.append(encoding_ratio(effort))
     if (ROOT / "release" / "model.safetensors").is_file():
         ratios += [sampling_ratio(ROOT / "release", effort, size) for size in (1, 16)]
