@@ -428,11 +428,12 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
 def _compiled(model: torch.nn.Module, preset: Preset, device: torch.device):
     """The compiled model, tried on one micro-batch. Without a working compiler: a warning on a CPU, else RunError."""
     try:
-        tokens = torch.zeros(preset.train.micro_batch_size, preset.model.seq_len, dtype=torch.int64, device=device)
+        batch = torch.zeros(preset.train.micro_batch_size, 3, preset.model.seq_len, dtype=torch.int64, device=device)
+        inputs, targets, stories = batch.unbind(1)  # laid out as in a step: else the first step would compile again
         compiled = torch.compile(model)
         with precision(device, preset.train.dtype):
-            noise = dropout_bytes(preset.model, tokens) if preset.model.dropout else None
-            compiled(tokens, tokens, stories=tokens if preset.train.isolate_stories else None, noise=noise).backward()
+            noise = dropout_bytes(preset.model, inputs) if preset.model.dropout else None
+            compiled(inputs, targets, stories=stories if preset.train.isolate_stories else None, noise=noise).backward()
     except Exception as error:  # a missing compiler shows as one of many kinds
         if device.type != "cpu":  # to train on eagerly would cost half of a rented machine's time, unseen
             raise RunError(

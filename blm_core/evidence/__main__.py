@@ -31,7 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--presets", help="with commas between them (default: all that fit the machine)")
     bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
-    rehearse = command("rehearse", _rehearse, "Ten minutes on the device that decide a long run, and its plan.", preset=True)
+    rehearse = command(
+        "rehearse", _rehearse, "Prepare what is missing, then plan a long run from ten minutes of it.", preset=True
+    )
     rehearse.add_argument("--steps", type=int, default=200, help="of each of three learning rates")
     rehearse.add_argument("--price-per-hour", type=float, default=2.0)
     rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
@@ -46,11 +48,12 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--stories", type=int, help="only the first so many")
     cost = command("cost", _cost, "Measure size, memory and speed of a model and its opponent by turns; minutes with GPT2-XL.")
     cost.add_argument("--opponent", help="folder or hub name for transformers (default: BLM_GPT2XL, else gpt2-xl)")
-    cost.add_argument("--random", action="store_true", help="the opponent's architecture with random weights")
+    cost.add_argument(
+        "--random", action="store_true", help="instead of an opponent, GPT2-XL's architecture with random weights"
+    )
     cost.add_argument("--prefill", type=int, default=96, help="tokens read at once")
     cost.add_argument("--generated", type=int, default=32, help="tokens written one by one")
     cost.add_argument("--repeats", type=int, default=3)
-    cost.add_argument("--threads", type=int, default=0)
 
     judge = command("judge", _judge, "Blind ratings: write sheets, let a server answer them, take the answers in.")
     judge.add_argument("folder", type=Path, help="of the sheets; answers lie in its folder answers/")
@@ -97,7 +100,9 @@ def _bench(args) -> None:
     names = args.presets.split(",") if args.presets else None
     result = speed.bench(names, args.device, speed.QUICK if args.quick else None)
     path = speed.save(result, args.out)
-    print(f"{speed.tables(result)}\n\nwritten to {path}")
+    for table in (speed.training_table(result), speed.ratio_table(result)):
+        print(f"{publish.markdown_table(*table)}\n")
+    print(f"written to {path}")
 
 
 def _rehearse(args) -> None:
@@ -126,9 +131,9 @@ def _score(args) -> None:
 
 
 def _cost(args) -> None:
-    settings = speed.CostSettings(args.prefill, args.generated, args.repeats, args.device, args.dtype, args.threads)
-    opponent = args.opponent or os.environ.get("BLM_GPT2XL") or "gpt2-xl"
-    result = speed.measure_cost(args.model, opponent, settings, args.random)
+    settings = speed.CostSettings(args.prefill, args.generated, args.repeats, args.device, args.dtype)
+    opponent = models.GPT2_XL if args.random else args.opponent or os.environ.get("BLM_GPT2XL") or "gpt2-xl"
+    result = speed.measure_cost(args.model, opponent, settings)
     write_json(args.out, result)
     print(publish.markdown_table(*speed.cost_table(result)))
 

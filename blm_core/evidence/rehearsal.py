@@ -1,17 +1,20 @@
-"""A dress rehearsal: ten minutes of an accelerator that decide the settings of a run of hours, and what it will cost."""
+"""A dress rehearsal: ten minutes of an accelerator that decide the settings of a run of hours, and what it will cost.
+
+Everything runs in one loop that is compiled twice, with the stories of a window isolated and not.
+"""
 
 import dataclasses
 import math
 import statistics
-from datetime import UTC, datetime
 
 import torch
 
+from blm_core import pipeline
 from blm_core.config import ConfigError, Preset
-from blm_core.evidence.models import versions
+from blm_core.evidence.models import _device
 from blm_core.evidence.publish import markdown_table
-from blm_core.evidence.speed import Effort, Loop, by_turns, changed, micro_batches, training_rows
-from blm_core.hardware import device_name, precision
+from blm_core.evidence.speed import Effort, Loop, choose_micro_batch, isolation_ratio, machine, training_row
+from blm_core.hardware import precision
 from blm_core.model import KeyValueCache, LanguageModel
 
 TRIAL_SHARE = 8  # a trial of a learning rate takes an eighth of the batch, else three of them would take an hour
@@ -19,30 +22,27 @@ FACTORS = (0.5, 1.0, 2.0)  # of the preset's learning rate
 
 
 def rehearse(preset: Preset, device: str = "auto", steps: int = 200, effort: Effort | None = None) -> dict:
-    """Checks, micro-batches, isolation, three learning rates of `steps` steps each, and speed with MFU and watts.
+    """Checks, micro-batches, speed with MFU and watts, isolation, and three learning rates of `steps` steps each.
 
-    Raises ConfigError where the preset's stories are not encoded yet: random tokens tell nothing of a learning rate.
+    Stories are prepared first where they are missing: random tokens tell nothing of a learning rate.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    effort = effort or Effort()
+    where, effort = _device(device), effort or Effort()
+    pipeline.tokens(preset)
     checks = correctness(preset, where)
-    size, tried = micro_batches(preset, where)
-    preset = changed(preset, micro_batch_size=size)
-    compile = effort.compile and preset.train.compile
-    isolation = _isolation(preset, where, effort, compile)
-    rates = [_trial(preset, where, factor * preset.train.learning_rate, steps, compile) for factor in FACTORS]
-    return {
+    loop = Loop(preset, where)
+    tried = choose_micro_batch(loop)
+    if effort.compile and preset.train.compile:
+        loop.compile()
+    about = machine(where)
+    return about | {
         "preset": preset.name,
-        "device": f"rehearsal {device_name(where)}",
-        "device_type": where.type,
-        "versions": versions(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": f"rehearsal {about['device']}",
         "checks": checks,
         "micro_batches": tried,
-        "training": training_rows(preset, where, effort, tried),
-        "ratios": [isolation],
+        "training": [training_row(loop, effort)],
+        "ratios": [isolation_ratio(loop, effort)],
         "trial_steps": steps,
-        "learning_rates": rates,
+        "learning_rates": _trials(loop, preset.train.learning_rate, steps),
         "tokens": preset.train.steps * preset.tokens_per_step,
     }
 
@@ -73,64 +73,49 @@ def correctness(preset: Preset, device: torch.device) -> list[dict]:
     ]
     for name, figure, limit in found:
         if not figure <= limit:
-            raise ConfigError(f"{device_name(device)} fails the check {name!r}: {figure:.2g}, at most {limit:g} is expected.")
+            raise ConfigError(f"{device} fails the check {name!r}: {figure:.2g}, at most {limit:g} is expected.")
     return [{"check": name, "figure": figure, "limit": limit} for name, figure, limit in found]
 
 
-def _isolation(preset: Preset, device: torch.device, effort: Effort, compile: bool) -> dict:
-    with (
-        Loop(changed(preset, isolate_stories=True), device, compile) as isolated,
-        Loop(changed(preset, isolate_stories=False), device, compile) as shared,
-    ):
-        isolated.run(1), shared.run(1)
-        steps = max(1, round(effort.seconds / isolated.run(1)))
-        sides = ("isolated", lambda: isolated.rate(steps)), ("shared", lambda: shared.rate(steps))
-        return by_turns("stories of a window", "tokens/s", *sides, effort.repeats)
+def _trials(loop: Loop, learning_rate: float, steps: int) -> list[dict]:
+    """The mean loss of the last tenth of `steps` steps at each rate, on an eighth of the batch; nan where it diverged.
 
-
-def _trial(preset: Preset, device: torch.device, rate: float, steps: int, compile: bool) -> dict:
-    """The mean loss of the last tenth of `steps` steps at `rate`, on an eighth of the batch; nan where it diverged."""
-    batch = max(1, preset.train.batch_size // TRIAL_SHARE)
-    micro = math.gcd(batch, preset.train.micro_batch_size)
-    warmup = {"steps": steps, "warmup_steps": steps // 10, "learning_rate": rate}
-    with Loop(changed(preset, batch_size=batch, micro_batch_size=micro, **warmup), device, compile) as loop:
-        if loop.tokens != "own":
-            raise ConfigError(
-                f"{preset.folder / 'tokens'} holds no encoded stories, and a learning rate cannot be tried on random ones. "
-                f"Run 01_data and 02_tokenizer with BLM_PRESET={preset.name} first."
-            )
+    The micro-batch stays, so that nothing is compiled again.
+    """
+    micro, trials = loop.preset.train.micro_batch_size, []
+    batch = max(1, loop.preset.train.batch_size // TRIAL_SHARE // micro) * micro
+    for factor in FACTORS:
+        rate = factor * learning_rate
+        loop.restart(batch_size=batch, steps=steps, warmup_steps=steps // 10, learning_rate=rate)
         seconds = loop.run(steps)
-    return {"learning_rate": rate, "loss": statistics.mean(loop.losses[-max(1, steps // 10) :]), "seconds": seconds}
+        loss = statistics.mean(loop.losses[-max(1, steps // 10) :])
+        trials.append({"learning_rate": rate, "windows": batch, "loss": loss, "seconds": seconds})
+    return trials
 
 
 def plan(result: dict, price_per_hour: float = 2.0) -> str:
     """`result` in Markdown, and the plan: hours, price, energy and the settings to use."""
-    fastest = max((row for row in result["training"] if "tokens_per_second" in row), key=lambda row: row["tokens_per_second"])
-    best = min(result["learning_rates"], key=lambda trial: trial["loss"] if math.isfinite(trial["loss"]) else math.inf)
-    cost = 1 / result["ratios"][0]["ratio"]["median"] - 1
-    hours = result["tokens"] / fastest["tokens_per_second"] / 3600
-    watts = fastest["watts"]
-    checks = [(c["check"], f"{c['figure']:.1e}", f"{c['limit']:g}") for c in result["checks"]]
-    tried = [
-        (t["micro_batch_size"], t["tokens_per_second"] or "out of memory", t["memory_gb"]) for t in result["micro_batches"]
-    ]
-    rates = [(f"{trial['learning_rate']:g}", f"{trial['loss']:.4f}") for trial in result["learning_rates"]]
-    edge = best["learning_rate"] in (
-        result["learning_rates"][0]["learning_rate"],
-        result["learning_rates"][-1]["learning_rate"],
-    )
+    (speed,), trials = result["training"], result["learning_rates"]
+    best = min(trials, key=lambda trial: trial["loss"] if math.isfinite(trial["loss"]) else math.inf)
+    isolation = 1 / result["ratios"][0]["ratio"]["median"] - 1
+    hours, watts = result["tokens"] / speed["tokens_per_second"] / 3600, speed["watts"]
+    beyond = ", which is the edge of what was tried: the best may lie beyond" if best in (trials[0], trials[-1]) else ""
     lines = [
-        f"- {fastest['tokens_per_second']:,} tokens/s {fastest['mode']}, MFU {fastest['mfu']}, {watts or 'not measured'} W",
+        f"- {speed['tokens_per_second']:,} tokens/s {speed['mode']}, MFU {speed['mfu']}, {watts or 'not measured'} W",
         f"- {hours:.1f} hours for {result['tokens'] / 1e9:.2f} B tokens, price {hours * price_per_hour:.2f}",
         f"- energy: {hours * watts / 1000:.1f} kWh" if watts else "- energy: not measured",
-        f"- isolating stories costs {cost:.0%} of the time",
-        f"- settings: train.micro_batch_size={fastest['micro_batch_size']} train.learning_rate={best['learning_rate']:g}"
-        + (", which is the edge of what was tried: the best may lie beyond" if edge else ""),
+        f"- isolating stories costs {isolation:.0%} of the time",
+        f"- settings: train.micro_batch_size={speed['micro_batch_size']} train.learning_rate={best['learning_rate']:g}{beyond}",
     ]
-    parts = [
-        markdown_table(("check", "found", "at most"), checks),
-        markdown_table(("micro-batch", "tokens/s", "GB"), tried),
-        markdown_table(("learning rate", f"loss after {result['trial_steps']} steps of an eighth of the batch"), rates),
-        "\n".join(lines),
+    checks = [(check["check"], f"{check['figure']:.1e}", f"{check['limit']:g}") for check in result["checks"]]
+    sizes = [
+        (t["micro_batch_size"], t["tokens_per_second"] or "out of memory", t["memory_gb"]) for t in result["micro_batches"]
     ]
-    return "\n\n".join(parts)
+    losses = [(f"{trial['learning_rate']:g}", f"{trial['loss']:.4f}") for trial in trials]
+    trial = f"loss after {result['trial_steps']} steps of {best['windows']} windows"
+    tables = (
+        (("check", "found", "at most"), checks),
+        (("micro-batch", "tokens/s", "GB"), sizes),
+        (("learning rate", trial), losses),
+    )
+    return "\n\n".join([*(markdown_table(*table) for table in tables), "\n".join(lines)])
