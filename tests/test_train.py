@@ -248,10 +248,11 @@ def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step,
 
 
 def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, tmp_path):
+    handler = signal.getsignal(signal.SIGINT)
     run(tmp_path / "whole")
     with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C after step 5"):
         run(tmp_path / "parts")
-    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) == handler
     run(tmp_path / "parts")
     assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
