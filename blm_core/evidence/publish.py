@@ -59,9 +59,9 @@ the licence CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` sh
 
 {model[layers]} layers of width {model[width]}, {model[heads]} query heads on {model[kv_heads]} key/value heads,
 context {model[context]}, {tokenizer[pieces]} pieces. {train[tokens]} tokens in {train[steps]} steps ({train[epochs]} epochs),
-{taught}{optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
+{optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
 dropout {preset.model.dropout:g}; {train[minutes]} minutes on {train[device]}, PyTorch {train[torch]}, {train[dtype]}.
-All settings: `runs/{preset.name}/config.json`.
+{taught}All settings: `runs/{preset.name}/config.json`.
 
 ## Scores
 
@@ -204,7 +204,7 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root:
         prompt=PROMPT,
         taught=f"{TAUGHT.format(len(preset.teachers), preset.train.teacher_weight)} " if preset.teachers else "",
         optimizer="Muon and AdamW" if preset.train.optimizer == "muon" else "AdamW",
-        evaluated=f"As it stands in the files, by `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
+        evaluated=f"By `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
         sampling=sampling,
         written="\n".join(f"{number}. {' '.join(f'{PROMPT}{text}'.split())}" for number, text in enumerate(texts, 1)),
     )
@@ -213,4 +213,8 @@ def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root:
 def evaluations(path: Path) -> list[str]:
     """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
     lines = read_json_lines(path) if path.is_file() else []
-    return [f"{x['text']} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories" for x in lines]
+    told = []
+    for x in lines:
+        text = x["text"] + (", typography folded" if x["normalised"] else "")
+        told.append(f"{text} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories")
+    return told
