@@ -265,7 +265,7 @@ PRESETS = {
         ),
     ),
     # Text is scarce and a GPU is fast: four wider models with other seeds learn it first, and the model learns from their mean
-    # prediction beside the text itself. Some eight minutes on an H200.
+    # prediction beside the text itself. Minutes on an H200.
     "distilled": Preset(
         name="distilled",
         model=ModelConfig(n_layers=12, d_model=256, n_heads=4, n_kv_heads=2, d_ff=704, dropout=0.1),

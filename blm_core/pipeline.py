@@ -9,10 +9,11 @@ build/<preset>/run        the training run        04_train
 
 import contextlib
 import fcntl
+import os
 
 from blm_core import data, train
 from blm_core import tokens as shards
-from blm_core.config import Preset
+from blm_core.config import ConfigError, Preset
 from blm_core.tokenizer import Tokenizer
 
 
@@ -37,7 +38,12 @@ def tokens(preset: Preset) -> dict:
 
 
 def run(preset: Preset) -> dict:
-    """The training run, after `tokens` and those of its teachers; its summary."""
+    """The training run, after `tokens` and those of its teachers; its summary.
+
+    Raises ConfigError where several processes share a preset with teachers: they would need one group of processes a run.
+    """
+    if preset.teachers and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"the preset {preset.name} has teachers, which one process trains: start it without torchrun.")
     tokens(preset)
     encoded, vocabulary = preset.folder / "tokens", tokenizer(preset)
     teachers = [preset.folder / "teachers" / str(number) for number in range(len(preset.teachers))]

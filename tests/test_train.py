@@ -602,3 +602,9 @@ def test_teachers_are_trained_first_and_a_finished_run_asks_for_none_of_their_we
 def test_a_weight_of_teachers_without_teachers_is_refused(smoke):
     with pytest.raises(ConfigError, match=r"train.teacher_weight = 0.5 .* above 0 with teachers, and 0 without"):
         tiny(smoke, "train.teacher_weight=0.5")
+
+
+def test_several_processes_with_teachers_are_refused_before_anything_is_done(smoke, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="has teachers, which one process trains: start it without torchrun"):
+        pipeline.run(tiny(smoke, "teachers=train.seed=2", "train.teacher_weight=0.5"))
