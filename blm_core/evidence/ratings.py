@@ -10,7 +10,7 @@ import math
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,10 +89,7 @@ def same_length(*texts: Text) -> tuple[Text, ...]:
 
 
 def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) -> list[dict]:
-    """Completions by the model in `release`, without the prompts: for each (arm, prompts, n) `n` of each prompt.
-
-    The arm decides the decoding; `revision` names the weights.
-    """
+    """Completions by the model in `release`: for each (arm, prompts, n) `n` of each prompt; `revision` names the weights."""
     (model, tokenizer), revision = load_model(release), sha256(release / "model.safetensors")[:16]
     found = []
     for arm, prompts, n in wanted:
@@ -282,28 +279,24 @@ def problems(answers: Sequence[dict], key: dict) -> list[str]:
 def take_in(folder: Path, evidence: Path, rater: str, date: str) -> None:
     """Copy every whole answer of `folder` to `evidence`/ratings, and note rater, date and the sheet's SHA-256 in sheets.json.
 
-    Raises ValueError for a sheet that is not in the key or was taken before with other marks, and, when the others are
-    taken, one that names the sheets without a whole answer and what is wrong with them.
+    Raises ValueError for a sheet that is not in the key or was taken before with other marks, for lines that are no JSON,
+    and at the end for the sheets that lack answers, with what is wrong.
     """
-    key, ratings, left = read_json(evidence / "key.json", {}), evidence / "ratings", []
-    noted = read_json(ratings / "sheets.json", {})
+    key, taken, left = read_json(evidence / "key.json", {}), evidence / "ratings", []
+    noted = read_json(taken / "sheets.json", {})
     for sheet in sorted(folder.glob("*.md")):
-        name, answers, target = sheet.stem, folder / "answers" / f"{sheet.stem}.jsonl", ratings / f"{sheet.stem}.jsonl"
+        name, answers, target = sheet.stem, folder / "answers" / f"{sheet.stem}.jsonl", taken / f"{sheet.stem}.jsonl"
         if name[:-3] not in key:
             raise ValueError(f"{sheet} is not in {evidence / 'key.json'}.")
-        try:
-            lines = list(read_json_lines(answers)) if answers.exists() else []
-            wrong = problems(lines, key[name[:-3]])
-        except ValueError as error:
-            wrong = [str(error)]
-        if wrong:
+        lines = list(read_json_lines(answers)) if answers.exists() else []
+        if wrong := problems(lines, key[name[:-3]]):
             left.append(f"{name}: {'; '.join(wrong[:3])}")
             continue
         lines.sort(key=lambda line: line["id"])
         if not target.exists():
             write_json_lines(target, lines)
             noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": sha256(sheet)}
-            write_json(ratings / "sheets.json", dict(sorted(noted.items())))
+            write_json(taken / "sheets.json", dict(sorted(noted.items())))
         elif list(read_json_lines(target)) != lines:
             raise ValueError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
     if left:
@@ -380,17 +373,8 @@ def win_rate(pairs: Sequence[Pair], question: str) -> Interval:
     return mean_interval([sum(p.points(question)) / 2 for p in pairs])
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of evidence: `value` with its interval, in `unit` ("points of 100", "marks"); right of 0 speaks for the BLM."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    verdict: str
-    n: int
-    unit: str
+# One line of evidence: `value` with its interval, in `unit` ("points of 100", "marks"); right of 0 speaks for the BLM.
+Line = namedtuple("Line", "name value low high verdict n unit")
 
 
 class Ratings:
@@ -475,7 +459,7 @@ class Ratings:
         for criterion in CRITERIA:
             both = [[t.mark(criterion) for t in self.arm(arm)] for arm in (SAME, XL)]
             add(f"{criterion}, BLM minus GPT2-XL", difference_interval(*both), len(both[0]), "marks")
-            found[-1] = replace(found[-1], verdict="no decision")  # the protocol reports mean marks without one
+            found[-1] = found[-1]._replace(verdict="no decision")  # the protocol reports mean marks without one
         rungs = self.rungs().values()
         for rung in RUNGS:
             both = [[of[arm].mark(*CRITERIA) for of in rungs] for arm in (OWN, rung)]
