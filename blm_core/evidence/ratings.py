@@ -310,7 +310,7 @@ def ask(folder: Path) -> None:
     """
     from openai import OpenAI, OpenAIError
 
-    url, model, key = (os.environ.get(f"BLM_JUDGE_{name}") for name in ("URL", "MODEL", "KEY"))
+    url, model, key = map(os.environ.get, ("BLM_JUDGE_URL", "BLM_JUDGE_MODEL", "BLM_JUDGE_KEY"))
     if not url or not model:
         raise ConfigError("BLM_JUDGE_URL (such as http://localhost:8080/v1) and BLM_JUDGE_MODEL must be set.")
     client = OpenAI(base_url=url, api_key=key or "none")
