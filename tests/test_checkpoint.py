@@ -1,7 +1,6 @@
 """Models and training states on disk: read elsewhere, read back, and refused when they are anything else."""
 
 import json
-import os
 import pickle
 import re
 from dataclasses import replace
@@ -17,16 +16,10 @@ from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import train
 
-SHAPES = {
-    "grouped heads": {"n_heads": 4, "n_kv_heads": 2},
-    "one key head": {"n_heads": 4, "n_kv_heads": 1, "norm_eps": 1e-3},
-    "another base": {"n_heads": 2, "n_kv_heads": 2, "rope_base": 300.0},
-}
-
 
 def build(tokenizer, **changes) -> LanguageModel:
-    shape = {"n_layers": 2, "d_model": 32, "d_ff": 48, "seq_len": 32, "init_std": 0.2} | SHAPES["grouped heads"] | changes
-    return LanguageModel(ModelConfig(len(tokenizer), **shape), seed=1).eval()
+    shape = {"n_layers": 2, "d_model": 32, "n_heads": 4, "n_kv_heads": 2, "d_ff": 48, "seq_len": 32, "init_std": 0.2}
+    return LanguageModel(ModelConfig(len(tokenizer), **shape | changes), seed=1).eval()
 
 
 @pytest.fixture
@@ -58,7 +51,7 @@ def test_a_saved_model_is_loaded_as_it_was_up_to_bfloat16_and_saved_again_withou
     assert first.keys() == {"config.json", "model.safetensors", "tokenizer.model"}
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", [{"n_kv_heads": 2}, {"n_kv_heads": 1, "norm_eps": 1e-3, "rope_base": 300.0}], ids=str)
 def test_transformers_loads_the_folder_and_computes_the_same_logits_and_the_same_text(tokenizer, tmp_path, shape):
     transformers = pytest.importorskip("transformers")
     save_model(tmp_path, build(tokenizer, **shape), tokenizer)
@@ -81,12 +74,8 @@ def test_the_safetensors_package_reads_our_files_and_we_read_its_but_no_cut_one(
     safetensors.torch.save_file(contiguous, tmp_path / "theirs", metadata={"made": "elsewhere"})
     assert same(read_tensors(tmp_path / "theirs"), tensors)
     whole = (tmp_path / "ours").read_bytes()
-    for content in (
-        *(whole[:size] for size in range(len(whole))),
-        b"\xff" * 100,
-        pickle.dumps(7),
-        whole.replace(b"F32", b"F16"),
-    ):
+    foreign = [*(whole[:size] for size in range(len(whole))), b"\xff" * 100, pickle.dumps(7), whole.replace(b"F32", b"F16")]
+    for content in foreign:
         (tmp_path / "foreign").write_bytes(content)
         with pytest.raises(CheckpointError, match="foreign is not a whole safetensors file"):
             read_tensors(tmp_path / "foreign")
@@ -102,22 +91,13 @@ def test_a_folder_with_a_file_that_is_missing_or_cut_off_is_refused_with_its_nam
         load_model(saved)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *({"hidden_size": size} for size in (64, "wide", None)),
-        *({"num_hidden_layers": layers} for layers in (1, 3)),
-        {"num_attention_heads": 5},
-        {"vocab_size": 300},
-        *("[]", "null", '{"model_type": "gpt2", "n_embd": 1600}'),
-    ],
-    ids=str,
-)
-def test_a_configuration_that_does_not_fit_or_is_foreign_is_refused(saved, change):
-    found = (saved / "config.json").read_text()
-    (saved / "config.json").write_text(change if isinstance(change, str) else json.dumps(json.loads(found) | change))
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        load_model(saved)
+def test_a_configuration_that_does_not_fit_or_is_foreign_is_refused(saved):
+    found = json.loads((saved / "config.json").read_text())
+    changes = {"hidden_size": 64}, {"hidden_size": "wide"}, {"num_hidden_layers": 1}, {"vocab_size": 300}
+    for content in ([], {"model_type": "gpt2"}, *(found | change for change in changes)):
+        (saved / "config.json").write_text(json.dumps(content))
+        with pytest.raises(CheckpointError, match=r"config\.json"):
+            load_model(saved)
 
 
 def test_the_vocabulary_of_another_model_is_refused(saved):
@@ -134,7 +114,7 @@ def test_a_model_that_no_llama_checkpoint_can_hold_is_not_saved(tokenizer, tmp_p
     assert not (tmp_path / "model").exists()
 
 
-def test_a_training_state_comes_back_whole_and_half_of_one_is_refused(tokenizer, tmp_path):
+def test_a_training_state_comes_back_whole_and_half_of_one_or_one_that_could_hold_code_is_refused(tokenizer, tmp_path):
     path, model = tmp_path / "checkpoint.pt", build(tokenizer)
     assert load_state(path) is None
     optimizer = torch.optim.AdamW(model.parameters())
@@ -151,28 +131,6 @@ def test_a_training_state_comes_back_whole_and_half_of_one_is_refused(tokenizer,
         cut(path, share)
         with pytest.raises(CheckpointError, match=r"checkpoint\.pt"):
             load_state(path)
-
-
-class Trap:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def test_a_state_that_holds_code_is_refused_and_the_code_does_not_run(tmp_path):
-    torch.save({"step": Trap(tmp_path / "sprung")}, tmp_path / "checkpoint.pt")
+    torch.save({"step": tmp_path}, path)  # an object, which code could make when it is read
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt is not a training state that can be trusted"):
-        load_state(tmp_path / "checkpoint.pt")
-    assert not (tmp_path / "sprung").exists()
-
-
-def test_a_state_that_cannot_be_written_leaves_the_one_before_untouched(tmp_path):
-    save_state(tmp_path / "checkpoint.pt", {"step": 1})
-    with pytest.raises((AttributeError, pickle.PicklingError, TypeError)):
-        save_state(tmp_path / "checkpoint.pt", {"step": 2, "weights": torch.zeros(1000), "not data": lambda: None})
-    assert load_state(tmp_path / "checkpoint.pt") == {"step": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+        load_state(path)
