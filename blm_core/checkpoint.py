@@ -132,7 +132,7 @@ def save_state(path: Path, state: dict) -> None:
         with written_aside(path) as aside, open(aside, "wb") as file:
             torch.save(state, file)
     except (OSError, RuntimeError) as error:  # torch hides the reason behind an error of its own
-        why = error.__context__ or error
+        why = error.__context__ if isinstance(error.__context__, OSError) else error
         raise CheckpointError(
             f"{path} could not be written: {why}. The checkpoint before it, if any, is still whole."
         ) from error
