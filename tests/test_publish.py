@@ -115,7 +115,7 @@ def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch):
     [
         ("notebooks/06_inside.ipynb", {"execution_count": 9}),
         ("notebooks/06_inside.ipynb", {"outputs": [ERROR]}),
-        *((name, None) for name in ("notebooks/03_model.ipynb", "results.json", "heads.json", "run/model/config.json")),
+        *((name, None) for name in ("notebooks/03_model.ipynb", "heads.json", "run/model/config.json")),
     ],
 )
 def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(preset, tmp_path, file, spoilt):

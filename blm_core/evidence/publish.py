@@ -103,11 +103,14 @@ def write_variables(preset: Preset, folder: Path) -> None:
     results = read_json(preset.folder / "results.json")
     if not results:
         raise PublishError(f"{preset.folder} holds no results; run the notebooks first.")
-    # Quotes everywhere: what stands bare, such as 1e3, other readers of YAML may take for a number.
-    text = yaml.safe_dump(results, default_style='"', allow_unicode=True, width=math.inf)
+    lines = [f"# Written by the notebooks with the preset {preset.name}."]
+    for section, values in sorted(results.items()):
+        lines.append(f"{section}:")
+        for name, value in sorted(values.items()):  # in quotes, as other readers of YAML may take a bare 1e3 for a number
+            quoted = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)
+            lines.append(f"  {name}: {quoted.strip()}")
     folder.mkdir(parents=True, exist_ok=True)
-    note = f"# Written by the notebooks with the preset {preset.name}.\n"
-    (folder / "_variables.yml").write_text(note + text, encoding="utf-8")
+    (folder / "_variables.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def publish(preset: Preset, root: Path = ROOT) -> None:
@@ -116,10 +119,10 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
     Raises PublishError, before anything is changed, where a notebook was not executed to its end or the run is not finished.
     """
     made, figures, release = preset.folder, root / "figures", root / "release"
-    needed = [f"run/{name}" for name in (*RUN_FILES, "model/config.json")] + ["heads.json", "results.json"]
-    missing = [name for name in needed if not (made / name).is_file()]
-    if missing:
-        raise PublishError(f"{made} lacks {', '.join(missing)}; run all notebooks first.")
+    runs = [f"run/{name}" for name in (*RUN_FILES, "model/config.json")]
+    for name in (*(f"notebooks/{name}.ipynb" for name in NOTEBOOKS), *runs, "heads.json"):
+        if not (made / name).is_file():
+            raise PublishError(f"{made / name} is missing; run the notebooks first.")
     notebooks = {name: _executed(made / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
     write_variables(preset, root)
     shutil.rmtree(figures, ignore_errors=True)
@@ -155,10 +158,10 @@ def clear_for_publication(cell: dict) -> None:
 
 
 def _executed(path: Path) -> dict:
-    notebook = read_json(path, {"cells": []})
+    notebook = read_json(path)
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-    if not cells or errors or [cell["execution_count"] for cell in cells] != list(range(1, len(cells) + 1)):
+    if errors or [cell["execution_count"] for cell in cells] != list(range(1, len(cells) + 1)):
         raise PublishError(f"{path} was not executed from top to bottom without errors.")
     return notebook
 
