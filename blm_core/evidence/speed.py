@@ -307,12 +307,9 @@ def ratio_table(result: dict) -> tuple[tuple, list[tuple]]:
     rows = []
     for row in result["ratios"]:
         a, b = (f"{row[side]['name']}: {_number(row[side]['median'])}" for side in ("a", "b"))
-        rows.append((row["question"], row["unit"], a, b, _spread(row["ratio"])))
+        median, low, high = (_number(row["ratio"][which]) for which in ("median", "low", "high"))
+        rows.append((row["question"], row["unit"], a, b, f"{median} [{low}, {high}]"))
     return ("what", "unit", "A", "B", "A / B"), rows
-
-
-def _spread(found: dict) -> str:
-    return f"{_number(found['median'])} [{_number(found['low'])}, {_number(found['high'])}]"
 
 
 def _number(value: float | None) -> str:
