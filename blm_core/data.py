@@ -42,9 +42,7 @@ def prepare(config: DataConfig, folder: Path) -> dict:
     work = folder / "work"
     shutil.rmtree(work, ignore_errors=True)  # what a killed run left
     archive = _packed_sample(folder) if config.archive == SAMPLE else files.fetch(config.archive, folder)
-    official = []
-    if config.validation_file:
-        official = read_stories(files.fetch(config.validation_file, folder, "BLM_VALIDATION"))
+    official = read_stories(files.fetch(config.validation_file, folder, "BLM_VALIDATION")) if config.validation_file else []
     shards = files.unpack(archive, work / "shards")
 
     cleaned = pooled(partial(_clean_shard, config=config, folder=work / "cleaned"), shards, "cleaning")
@@ -59,7 +57,7 @@ def prepare(config: DataConfig, folder: Path) -> dict:
         lengths += shard_lengths
     drops = {reason: counts[reason] for reason in clean.DROPS}
     if not counts["train", "stories"] or not counts["validation", "stories"]:
-        raise ArchiveError(f"{archive} has too few stories to train and validate on; dropped: {drops}; problems: {problems[:3]}")
+        raise ArchiveError(f"{archive} has too few stories to train and validate on. Dropped: {drops}. {problems[:3]}")
     if official:
         files.write_json_lines(work / "stories" / "official.jsonl", ({"story": story} for story in official))
         counts["official", "stories"] = len(official)
@@ -93,7 +91,7 @@ def read_stories(path: Path, normalise: bool = False) -> list[str]:
     try:
         stories = [part.strip() for part in Path(path).read_text(encoding="utf-8").split(END_OF_TEXT)]
     except UnicodeDecodeError as error:
-        raise ArchiveError(f"{path} is not UTF-8 text ({error}). Name a file of stories with {END_OF_TEXT} between them.") from error
+        raise ArchiveError(f"{path} is not UTF-8 text: {error}. Name a file of stories with {END_OF_TEXT} between.") from error
     return [clean.normalise(story) if normalise else story for story in stories if story]
 
 
@@ -124,9 +122,9 @@ def _made_from(config: DataConfig) -> dict:
     """What the result depends on. A local file is named by size and time: reading gigabytes to compare them is slow."""
     made_from = {"version": VERSION, **vars(config)}
     for name in ("archive", "validation_file"):
-        path = Path(made_from[name]).expanduser()
-        if not files.is_address(made_from[name]) and path.is_file():
-            made_from[name] = [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        path = os.path.expanduser(made_from[name])
+        if os.path.isfile(path):
+            made_from[name] = [os.path.basename(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
     return made_from
 
 

@@ -93,20 +93,16 @@ class ArchiveError(RuntimeError):
     """An archive that cannot be used."""
 
 
-def is_address(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
 def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
     """The file named by `source`, a URL or a local path; a URL is downloaded into `folder` once.
 
     `variable` is the environment variable that names another source, for the errors. Raises DownloadError.
     """
-    if not is_address(source):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
-        return path
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):  # which, unlike pathlib, answers for an address of any length
+        return Path(path)
+    if not source.startswith(("http://", "https://")):
+        raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
     target = Path(folder) / source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
     note = target.with_name(f"{target.name}.source")
     if target.exists() and read_json(note, {}).get("url") == source:
