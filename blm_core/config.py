@@ -57,7 +57,6 @@ class DataConfig:
     section: ClassVar[str] = "data"
     archive: str = ARCHIVE_URL  # URL, local file, or "sample"
     validation_file: str = VALIDATION_URL  # official validation stories, URL or local file; "" for none
-    sources: tuple[str, ...] = ()  # keep only records whose `source` is listed; empty keeps all
     min_characters: int = 100
     validation_share: float = 0.01  # of the archive's stories, chosen by a hash of the story
     near_duplicate: float = 0.5  # Jaccard similarity of 4-word shingles from which two stories count as one
