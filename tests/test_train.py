@@ -256,24 +256,50 @@ def test_sigterm_in_the_last_step_lets_the_run_finish(run, tmp_path):
         assert run(tmp_path)["steps"] == 12
 
 
-KILLED = """
-import itertools, json, os, signal, sys
+PREPARED = """
+import itertools, json, os, signal, sys, threading, warnings
 from pathlib import Path
 import torch
-from blm_core import config, pipeline, train
+from blm_core import config, train
 from blm_core.tokenizer import Tokenizer
 
 folder, tokens, vocabulary, settings = sys.argv[1:]
 torch.set_num_threads(1)
-preset = config.override(config.load("smoke"), json.loads(settings))
-folder, tokenizer = Path(folder), Tokenizer(Path(vocabulary))
+preset, tokenizer = config.override(config.load("smoke"), json.loads(settings)), Tokenizer(Path(vocabulary))
+
+def run(folder):
+    train.train(preset, Path(tokens), tokenizer, Path(folder))
+"""
+
+
+@pytest.fixture
+def process(smoke, tokenizer, tmp_path):
+    """Carry out code in a process of its own, or in two as torchrun starts them: `run(folder)` trains there."""
+
+    def carry_out(code: str, folder: Path, *settings: str, two: bool = False, **environment: str):
+        script, command = tmp_path / "script.py", [sys.executable]
+        script.write_text(PREPARED + code)
+        if two:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += [script, folder, smoke.folder / "tokens", tokenizer.path, json.dumps([*TINY, *settings])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT), **environment}
+        return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+
+    return carry_out
+
+
+KILLED = """
 weight = torch.nn.Parameter(torch.zeros(2))
 weight.grad = torch.zeros(2)
 torch.optim.AdamW([weight], fused=False).step()  # what PyTorch imports at the first step is imported once, before the forks
 results = open(os.dup(1), "w", buffering=1)
 
-def child(target, file_event):
-    # Dies at its `file_event`-th opening, renaming or removing of a file of the run, or, where that is None, not by itself.
+def outcome(name, file_event=0):
+    # of a run that dies at its `file_event`-th opening, renaming or removing of one of its files
+    target = Path(folder) / name
     pid = os.fork()
     if pid == 0:
         count = itertools.count(1)
@@ -281,26 +307,21 @@ def child(target, file_event):
             if event in ("open", "os.rename", "os.remove") and str(target) in str(args) and next(count) == file_event:
                 os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
-        train.train(preset, Path(tokens), tokenizer, target)
+        run(target)
         os._exit(0)
-    return pid
-
-def outcome(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-print(outcome(child(folder / "whole", None)), file=results)
+print(outcome("whole"), file=results)
 for file_event in itertools.count(1):
-    code = outcome(child(folder / "killed", file_event))
+    code = outcome("killed", file_event)
     print(code, file=results)
     if code == 0:
         break
 """
 
 
-def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(smoke, tokenizer, tmp_path):
-    settings = [*TINY, *EVERYTHING, "train.checkpoint_minutes=0"]
-    arguments = [str(tmp_path), str(smoke.folder / "tokens"), str(tokenizer.path), json.dumps(settings)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=1200)
+def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(process, tmp_path):
+    done = process(KILLED, tmp_path, *EVERYTHING, "train.checkpoint_minutes=0")
     assert done.returncode == 0, done.stderr
     whole, *killed, last = map(int, done.stdout.split())
     assert (whole, last) == (0, 0)
@@ -311,20 +332,12 @@ def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(smoke, to
     assert not list((tmp_path / "killed").glob(".*.tmp"))
 
 
-SHARED = """
-import json, os, signal, sys, threading
-from pathlib import Path
-import torch
-from blm_core import config, pipeline, train
-from blm_core.tokenizer import Tokenizer
-
-folder, tokens, vocabulary, settings, stop_in = sys.argv[1:]
-torch.set_num_threads(1)
+STOPPED_IN_STEP_3 = """
 real, calls = train._step, []
 
 def step(*args):
     calls.append(None)
-    if len(calls) == int(stop_in) and os.environ["RANK"] == "0":
+    if len(calls) == 3 and os.environ["RANK"] == "0":
         handler, arrived = signal.getsignal(signal.SIGTERM), threading.Event()
         signal.signal(signal.SIGTERM, lambda *signalled: (handler(*signalled), arrived.set()))
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun hands it on to every process, whatever its step
@@ -332,42 +345,18 @@ def step(*args):
     return real(*args)
 
 train._step = step
-preset = config.override(config.load("smoke"), json.loads(settings))
-train.train(preset, Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
+run(folder)
 """
 
 
-@pytest.fixture
-def torchrun(smoke, tokenizer, tmp_path):
-    """Run two processes on this machine, as torchrun does; `stop_in` is a step in which torchrun gets SIGTERM."""
-
-    def launch(folder: Path, *settings: str, stop_in: int = 0) -> subprocess.CompletedProcess:
-        script = tmp_path / "shared.py"
-        script.write_text(SHARED)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-        places = [folder, smoke.folder / "tokens", tokenizer.path]
-        return subprocess.run(
-            [*command, f"--master-port={port}", script, *places, json.dumps([*TINY, *settings]), str(stop_in)],
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT)},
-        )
-
-    return launch
-
-
-def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in_between(run, torchrun, tmp_path):
+def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in_between(run, process, tmp_path):
     settings = ["train.micro_batch_size=2"]
     run(tmp_path / "one", *settings)
-    stopped = torchrun(tmp_path / "two", *settings, stop_in=3)
+    stopped = process(STOPPED_IN_STEP_3, tmp_path / "two", *settings, two=True)
     assert stopped.returncode != 0
     assert f"{tmp_path / 'two' / 'checkpoint.pt'} continues from there" in stopped.stderr
     assert 2 < load_state(tmp_path / "two" / "checkpoint.pt")["step"] < 12
-    finished = torchrun(tmp_path / "two", *settings)
+    finished = process("run(folder)", tmp_path / "two", *settings, two=True)
     assert finished.returncode == 0, finished.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
@@ -428,27 +417,12 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_not_overwritten(run, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"no checkpoint"
 
 
-TRAINED = """
-import sys, warnings
-from pathlib import Path
-from blm_core import config, pipeline, train
-from blm_core.tokenizer import Tokenizer
-
-folder, tokens, vocabulary, *settings = sys.argv[1:]
-warnings.simplefilter("always")
-train.train(config.override(config.load("smoke"), settings), Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
-"""
-
-
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="PyTorch 2.1 takes minutes to notice that there is no compiler")
-def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tmp_path):
-    run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0", "train.device=cpu")
-    places = [str(tmp_path / "compiled"), str(smoke.folder / "tokens"), str(tokenizer.path)]
-    settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true", "train.device=cpu"]
+def test_without_a_compiler_training_warns_and_goes_on(run, process, tmp_path):
+    settings = ["train.steps=2", "train.warmup_steps=0", "train.device=cpu"]
+    run(tmp_path / "plain", *settings)
     without = {"CXX": "/no/compiler", "CC": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
-    )
+    done = process("run(folder)", tmp_path / "compiled", *settings, "train.compile=true", **without)
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here, training goes on without it" in done.stderr
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
