@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -38,7 +39,7 @@ def tiny(smoke: Preset, *settings: str) -> Preset:
     return config.override(smoke, [*TINY, *settings])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(smoke, tokenizer):
     """Train the tiny model with some settings in a folder."""
 
@@ -46,6 +47,19 @@ def run(smoke, tokenizer):
         return train.train(tiny(smoke, *settings), smoke.folder / "tokens", tokenizer, folder, keep_model)
 
     return carry_out
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The folder of a run with some settings that nothing interrupted, made once."""
+
+    @functools.cache
+    def made(*settings: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        run(folder, *settings)
+        return folder
+
+    return made
 
 
 def curve(folder: Path) -> list[dict]:
@@ -111,12 +125,9 @@ def test_a_run_writes_metrics_a_model_and_a_summary(run, smoke, tmp_path):
     assert model.config == tiny(smoke).model
 
 
-def test_the_loss_curve_is_the_same_whatever_the_micro_batch(run, tmp_path):
-    for size in (8, 4, 1):
-        run(tmp_path / str(size), f"train.micro_batch_size={size}")
-    for size in (4, 1):
-        assert losses(tmp_path / str(size)) == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
-        assert curve(tmp_path / str(size))[-1] == pytest.approx(curve(tmp_path / "8")[-1], rel=1e-4)
+@pytest.mark.parametrize("size", [4, 1])
+def test_the_loss_curve_is_the_same_whatever_the_micro_batch(whole, size):
+    assert losses(whole(f"train.micro_batch_size={size}")) == pytest.approx(losses(whole()), rel=1e-5)
 
 
 def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, smoke, tmp_path):
@@ -137,11 +148,11 @@ def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, sm
 @pytest.mark.parametrize(
     "setting", ["train.dtype=bfloat16", "train.isolate_stories=true", "train.schedule=wsd", "train.optimizer=adamw"]
 )
-def test_other_ways_to_train_learn_too(run, setting, tmp_path):
-    run(tmp_path, setting)
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
-    state = load_state(tmp_path / "checkpoint.pt")
-    assert {weight.dtype for weight in state["model"].values()} == {torch.float32}
+def test_other_ways_to_train_learn_too(whole, setting):
+    found = losses(whole(setting))
+    assert found[-1] < found[0]
+    weights = load_state(whole(setting) / "checkpoint.pt")["model"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
 
 
 def test_an_ablation_is_trained_without_its_model_and_refused_before_the_first_step_with_it(run, smoke, tokenizer, tmp_path):
@@ -156,11 +167,10 @@ def test_an_ablation_is_trained_without_its_model_and_refused_before_the_first_s
         save_model(tmp_path / "model", LanguageModel(tiny(smoke, *ABLATION).model), tokenizer)
 
 
-def test_a_finished_run_is_loaded_and_not_repeated(run, tmp_path):
-    summary = run(tmp_path)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(tmp_path) == summary
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()} == before
+def test_a_finished_run_is_loaded_and_not_repeated(run, whole):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole().rglob("*") if path.is_file()}
+    assert run(whole()) == read_json(whole() / "summary.json")
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole().rglob("*") if path.is_file()} == before
 
 
 def test_another_configuration_or_other_stories_in_the_same_folder_are_refused_by_what_differs(run, smoke, tokenizer, tmp_path):
@@ -180,52 +190,45 @@ def test_another_configuration_or_other_stories_in_the_same_folder_are_refused_b
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, tmp_path):
-    run(tmp_path / "whole")
-    interrupted(run, tmp_path / "parts", step=5)
-    run(tmp_path / "parts", "train.micro_batch_size=2", "train.checkpoint_minutes=0", "train.device=cpu")
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, whole, tmp_path):
+    interrupted(run, tmp_path, step=5)
+    run(tmp_path, "train.micro_batch_size=2", "train.checkpoint_minutes=0", "train.device=cpu")
+    assert losses(tmp_path) == pytest.approx(losses(whole()), rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 5, 6], ids=["first step", "between two log lines", "step of a log line"])
-def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step, tmp_path):
-    run(tmp_path / "whole", *EVERYTHING)
-    handler = signal.getsignal(signal.SIGTERM)
+def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, whole, step, tmp_path):
+    handler, checkpoint = signal.getsignal(signal.SIGTERM), tmp_path / "checkpoint.pt"
     with signal_in_step(step), pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "parts", *EVERYTHING)
-    assert str(stopped.value) == (
-        f"stopped by SIGTERM after step {step}; {tmp_path / 'parts' / 'checkpoint.pt'} continues from there."
-    )
+        run(tmp_path, *EVERYTHING)
+    assert str(stopped.value) == f"stopped by SIGTERM after step {step}; {checkpoint} continues from there."
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert load_state(tmp_path / "parts" / "checkpoint.pt")["step"] == step
-    assert not (tmp_path / "parts" / "summary.json").exists()
-    run(tmp_path / "parts", *EVERYTHING)
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-
-
-def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, tmp_path):
-    run(tmp_path / "whole")
-    with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C after step 5"):
-        run(tmp_path / "parts")
-    summary = run(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, 5]
+    assert load_state(checkpoint)["step"] == step
+    summary = run(tmp_path, *EVERYTHING)
+    assert curve(tmp_path) == curve(whole(*EVERYTHING))
+    assert weights(tmp_path) == weights(whole(*EVERYTHING))
+    assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, step]
     for stretch in summary["stretches"]:  # what each part of the run was computed with
-        assert (stretch["device"], stretch["torch"]) == (summary["device"], torch.__version__)
-        assert stretch["dtype"] == "float32"
+        found = (stretch["device"], stretch["torch"], stretch["dtype"])
+        assert found == (summary["device"], torch.__version__, "float32")
 
 
-def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, tmp_path):
-    run(tmp_path / "whole", "train.device=cpu")
-    interrupted(run, tmp_path / "parts", "train.device=cpu", step=5)
-    path = tmp_path / "parts" / "checkpoint.pt"
+def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, whole, tmp_path):
+    with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C after step 5"):
+        run(tmp_path)
+    run(tmp_path)
+    assert curve(tmp_path) == curve(whole())
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, whole, tmp_path):
+    interrupted(run, tmp_path, "train.device=cpu", step=5)
+    path = tmp_path / "checkpoint.pt"
     state = load_state(path)
     for group in state["optimizers"][-1]["param_groups"]:
         group["fused"] = True  # as AdamW writes it on CUDA
     save_state(path, state)
-    run(tmp_path / "parts", "train.device=cpu")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    run(tmp_path, "train.device=cpu")
+    assert curve(tmp_path) == curve(whole("train.device=cpu"))
     assert not any(group["fused"] for group in load_state(path)["optimizers"][-1]["param_groups"])
 
 
@@ -383,8 +386,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_checkpoint(r
     assert all("NaN" not in line for line in (tmp_path / "early" / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_there_is_room(run, small_disk, tmp_path):
-    run(tmp_path / "whole")
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_there_is_room(run, whole, small_disk):
     interrupted(run, small_disk / "run", step=5)
     checkpoint = small_disk / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
@@ -396,7 +398,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_th
     assert not list(checkpoint.parent.glob(".*.tmp"))
     filler.unlink()
     run(small_disk / "run")
-    assert curve(small_disk / "run") == curve(tmp_path / "whole")
+    assert curve(small_disk / "run") == curve(whole())
 
 
 def test_what_a_killed_process_left_behind_is_removed(run, tmp_path):
