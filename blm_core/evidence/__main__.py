@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
 
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
-    record.add_argument("--prompts", default="own", help='"own", "authors", or a file (.json, .yaml)')
+    record.add_argument("--prompts", default="own", help='"own", or a JSON file like ours')
     record.add_argument("--samples", type=int, default=3, help="completions of each prompt")
     sampling_arguments(record, max_tokens=200)
     score = command("score", _score, "Write bits of every story under a model to a JSON-lines file; continues a broken one.")
@@ -117,8 +116,7 @@ def _record(args) -> None:
     sampling, prompts = sampling_of(args), models.read_prompts(args.prompts)
     model = models.load(args.model, args.device, getattr(torch, args.dtype))
     lines = models.record(model, prompts, args.out, sampling, args.samples)
-    stopped = Counter(line["stopped"] for line in lines)
-    print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}, stopped by {dict(stopped)}")
+    print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}")
 
 
 def _score(args) -> None:
