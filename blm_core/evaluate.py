@@ -141,6 +141,9 @@ class Score(NamedTuple):
     low: float
     high: float
 
+    def as_dict(self) -> dict:
+        return self._asdict()
+
 
 def score(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> tuple[Score, np.ndarray, np.ndarray]:
     """The score of `stories`, and bits and bytes of each; the end-of-text symbol is neither scored nor counted.

@@ -232,8 +232,8 @@ def read_prompts(source: str = "own") -> list[Prompt]:
     """The prompts of this project, or those of a JSON file like ours. Raises ValueError for any other file."""
     path = PROMPTS if source == "own" else Path(source)
     try:
-        return [Prompt(**each) for each in read_json(path)]
-    except TypeError as error:
+        return [Prompt(each["id"], each["group"], each["prompt"]) for each in read_json(path)]
+    except (TypeError, KeyError) as error:
         raise ValueError(f"{path} holds no JSON list of prompts, each with id, group and prompt.") from error
 
 
