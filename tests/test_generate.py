@@ -11,12 +11,8 @@ from blm_core.generate import Sampling, complete, next_tokens, sample_tokens, st
 from blm_core.model import LanguageModel
 
 GREEDY = Sampling(temperature=0)
-LEARNED = [
-    'Mo saw a slug 🐌. "Hi!" said Mo.',
-    "Ana drew a 🦔 and a crêpe.\nShe ate one.",
-    "It was late. The owl 🦉🦉 slept.",
-]
-PROMPTS = ["Mo", "Ana drew a", "It was late. The"]
+STORY = 'Mo saw a slug 🐌. "Hi!" said Mo.\nThe owls 🦉🦉 ate a crêpe.'
+PROMPTS = ["Mo", "Mo saw a", 'Mo saw a slug 🐌. "Hi!"']
 SHARES = [0.1, 0.5, 0.15, 0.25]  # likeliest first: 1, 3, 2, 0
 
 
@@ -29,17 +25,14 @@ def wild(tokenizer) -> LanguageModel:
 
 @pytest.fixture(scope="module")
 def taught(tokenizer) -> LanguageModel:
-    """A model that knows the stories in LEARNED by heart, and that they end."""
-    config = ModelConfig(len(tokenizer), n_layers=1, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, seq_len=64)
+    """A model that knows STORY by heart, and that it ends."""
+    config = ModelConfig(len(tokenizer), n_layers=1, d_model=64, n_heads=4, n_kv_heads=2, d_ff=96, seq_len=80)
     model = LanguageModel(config, seed=1)
-    rows = [torch.tensor([tokenizer.eot, *tokenizer.encode(story), tokenizer.eot]) for story in LEARNED]
-    targets = torch.nn.utils.rnn.pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=-100)
-    inputs = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True, padding_value=tokenizer.eot)
+    tokens = torch.tensor([[tokenizer.eot, *tokenizer.encode(STORY), tokenizer.eot]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(80):
-        loss = model(inputs, targets)
+    for _ in range(60):
         optimizer.zero_grad()
-        loss.backward()
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
     return model.eval()
 
@@ -92,28 +85,23 @@ def test_a_text_depends_on_seed_number_and_prompt_and_not_on_batch_or_global_ran
         torch.manual_seed(2)
         assert complete(model, tokenizer, ["Mo"], sampling) == ten[:1]
         assert complete(model, tokenizer, ["Mo"], sampling, numbers=[7]) == ten[7:8]
-        assert complete(model, tokenizer, ["Ana drew a", "Mo", "It was late. The", "Mo"], sampling)[1::2] == ten[:2]
+        assert complete(model, tokenizer, ["The owl", "Mo", "It was late. The", "Mo"], sampling)[1::2] == ten[:2]
         assert torch.initial_seed() == 2
     texts = [*complete(wild, tokenizer, ["Mo"] * 10, sampling), *complete(wild, tokenizer, ["Mo"] * 10, Sampling(1.2, seed=5))]
     assert len(set(texts)) == 20
 
 
-@pytest.mark.parametrize("max_tokens", [0, 1, 7])
-def test_prompts_of_different_lengths_are_completed_in_a_batch_as_alone(wild, taught, tokenizer, max_tokens):
-    sampling = Sampling(temperature=0, max_tokens=max_tokens)
-    for model in (wild, taught):
+def test_prompts_of_different_lengths_are_completed_in_a_batch_as_alone(wild, taught, tokenizer):
+    for model, max_tokens in product((wild, taught), (0, 1, 7)):
+        sampling = Sampling(temperature=0, max_tokens=max_tokens)
         alone = [complete(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
-        assert complete(model, tokenizer, PROMPTS, sampling) == alone
         assert complete(model, tokenizer, PROMPTS[::-1], sampling) == alone[::-1]
 
 
 def test_a_story_known_by_heart_is_written_to_its_end_and_not_beyond(taught, tokenizer):
-    whole = [story.removeprefix(prompt) for story, prompt in zip(LEARNED, PROMPTS, strict=True)]
-    assert complete(taught, tokenizer, PROMPTS, GREEDY) == whole
-    for prompt in PROMPTS:
-        assert new_tokens(taught, tokenizer, prompt, GREEDY).index(tokenizer.eot) > 0
-        parts = list(stream(taught, tokenizer, prompt, GREEDY))
-        assert not any("\ufffd" in part for part in parts)  # no character of many bytes is torn
+    assert complete(taught, tokenizer, PROMPTS, GREEDY) == [STORY.removeprefix(prompt) for prompt in PROMPTS]
+    assert new_tokens(taught, tokenizer, "Mo", GREEDY).count(tokenizer.eot) == 1
+    assert "\ufffd" not in "|".join(stream(taught, tokenizer, "Mo", GREEDY))  # no character of many bytes is torn
 
 
 @pytest.mark.parametrize("temperature", [0, 0.8, 1.5])
