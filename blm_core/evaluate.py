@@ -124,10 +124,8 @@ def verdict(low: float, high: float, better: str) -> str:
     """
     if better not in ("lower", "higher"):
         raise ValueError(f'better = "{better}" must be "lower" or "higher".')
-    if low > 0:
-        return "wins" if better == "higher" else "loses"
-    if high < 0:
-        return "wins" if better == "lower" else "loses"
+    if low > 0 or high < 0:
+        return "wins" if (low > 0) == (better == "higher") else "loses"
     return "undecided"
 
 

@@ -260,9 +260,9 @@ def score_stories(model: ComparedModel, stories: list[str], out: Path) -> np.nda
 
 
 def continued(out: Path, wanted: list[dict], settings: dict, make: Callable[[slice], list[dict]], at_once: int) -> list[dict]:
-    """The lines that begin with `wanted`, in that order: those that `out` has, and what `make` adds to it in parts.
+    """The lines that `wanted` asks for, in that order: `out` has the first of them, `make` adds the others part by part.
 
-    The half of a line that a break left is cut off. Raises ValueError where `out` holds other lines or other `settings`.
+    Half a line, which a break left, is cut off first. Raises ValueError where `out` holds other lines or other `settings`.
     """
     lines = []
     if out.is_file():
