@@ -58,40 +58,27 @@ def memory(device: torch.device) -> float | None:
     return round(int(peak[0]) * 1024 / 1e9, 2) if peak else None
 
 
-def reset_memory(device: torch.device) -> None:
-    """Let the peak that `memory` tells begin anew, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 class PowerSampler:
     """Watts that a GPU draws while it works: nvidia-smi reads them in one process, a thread collects them."""
 
     def __init__(self, device: torch.device, milliseconds: int = 100):
-        self.why = "nvidia-smi said nothing" if device.type == "cuda" else "no GPU was used"  # where there is no figure
         self._readings: list[float] = []
         self._process = None
         if device.type != "cuda":
             return
+        visible, index = os.environ.get("CUDA_VISIBLE_DEVICES"), device.index or 0
+        gpu = visible.split(",")[index].strip() if visible else index  # nvidia-smi counts all GPUs, PyTorch the visible ones
         query = ["--query-gpu=power.draw", "--format=csv,noheader,nounits", f"--loop-ms={milliseconds}"]
-        command = ["nvidia-smi", f"--id={visible_gpu(device)}", *query]
-        try:
+        with contextlib.suppress(OSError):  # there is no nvidia-smi
+            command = ["nvidia-smi", f"--id={gpu}", *query]
             self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        except OSError as error:
-            self.why = f"nvidia-smi cannot be started ({error.strerror})"
-            return
-        self._thread = threading.Thread(target=self._collect, daemon=True)
-        self._thread.start()
+            self._thread = threading.Thread(target=self._collect, daemon=True)
+            self._thread.start()
 
     def _collect(self) -> None:
         for line in self._process.stdout:
-            try:
+            with contextlib.suppress(ValueError):  # as in "[N/A]"
                 self._readings.append(float(line))
-            except ValueError:
-                self.why = f"nvidia-smi says {line.strip()!r}"
 
     def watts(self) -> float | None:
         """The mean since the last call, None where nothing was read."""
@@ -106,15 +93,5 @@ class PowerSampler:
             self._process.wait()
 
 
-def visible_gpu(device: torch.device) -> str:
-    """The name that nvidia-smi has for `device`: it counts all GPUs, PyTorch those in CUDA_VISIBLE_DEVICES."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    index = device.index or 0
-    return visible[index] if index < len(visible) else str(index)
-
-
 def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+    return Path(path).read_text() if Path(path).exists() else ""  # there is none but on Linux

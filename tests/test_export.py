@@ -1,19 +1,18 @@
 """The model in transformers and in llama.cpp: the same ids, the same text."""
 
 import itertools
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import save_blm
 
 from blm_core import END_OF_TEXT, data
-from blm_core.checkpoint import load_model, save_model
+from blm_core.checkpoint import load_model
 from blm_core.config import ROOT
-from blm_core.evidence.export import export_gguf, interleaved
+from blm_core.evidence.export import export_gguf, export_transformers, interleaved
 from blm_core.generate import Sampling, complete
-from blm_core.model import LanguageModel
-from blm_core.tokenizer import train
+from blm_core.tokenizer import Tokenizer
 
 TEXTS = [
     "  Two spaces,\n\na blank line \u2026 and a tab\t.",
@@ -27,21 +26,17 @@ TEXTS = [
 BEGINNINGS = ["Once upon a time", '"Can I play with you?" asked Mia.', "Ben and Sara went to the sea.\nThey saw"]
 
 
-def test_transformers_gives_any_text_the_ids_of_our_vocabulary(smoke, tokenizer, tiny, tmp_path):
+def test_transformers_gives_any_text_the_ids_of_our_vocabulary(smoke, tokenizer, tmp_path):
     transformers = pytest.importorskip("transformers")
-    save_model(tmp_path, LanguageModel(replace(tiny, vocab_size=len(tokenizer)), seed=1), tokenizer)
-    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in (*TEXTS, *itertools.islice(data.read_split(smoke.folder / "data", "train"), 50)):
-        assert loaded(text)["input_ids"] == [tokenizer.eot, *tokenizer.encode(text)]
-        assert loaded.decode(tokenizer.encode(text)) == text
-    assert loaded.bos_token_id == loaded.eos_token_id == tokenizer.eot
-    assert loaded(END_OF_TEXT, add_special_tokens=False)["input_ids"] == [tokenizer.eot]
-
-
-def test_a_unigram_vocabulary_is_told_from_a_bpe(smoke, tokenizer, tmp_path):
-    stories = data.read_split(smoke.folder / "data", "train")
-    assert tokenizer.is_bpe
-    assert not train(stories, tmp_path / "unigram.model", 512, "unigram").is_bpe
+    export_transformers(save_blm(tmp_path, tokenizer))
+    stories = list(itertools.islice(data.read_split(smoke.folder / "data", "train"), 50))
+    for folder, vocabulary in ((tmp_path, tokenizer), (ROOT / "release", Tokenizer(ROOT / "release" / "tokenizer.model"))):
+        loaded = transformers.AutoTokenizer.from_pretrained(folder)
+        for text in TEXTS + stories:
+            assert loaded(text)["input_ids"] == [vocabulary.eot, *vocabulary.encode(text)]
+            assert loaded.decode(vocabulary.encode(text)) == text
+        assert loaded.bos_token_id == loaded.eos_token_id == vocabulary.eot
+        assert loaded(END_OF_TEXT, add_special_tokens=False)["input_ids"] == [vocabulary.eot]
 
 
 def test_a_gguf_file_holds_the_vocabulary_and_every_weight(tmp_path):

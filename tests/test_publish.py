@@ -8,19 +8,17 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_models import save_blm
 
-from blm_core.__main__ import main
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, Preset
 from blm_core.evidence import publish
-from blm_core.evidence.publish import NOTEBOOKS, PROMPT, RUN_FILES, SAMPLES, PublishError
+from blm_core.evidence.page import BEGINNING
+from blm_core.evidence.publish import NOTEBOOKS, RUN_FILES, SAMPLES, PublishError
 from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, complete
 
-PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+PNG = b"a picture"
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
 STATED = re.findall(r"{(\w+)\[(\w+)\]}", publish.CARD)  # section and name of what the card takes from the results
 ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
@@ -62,8 +60,9 @@ def preset(tmp_path, smoke, tokenizer, monkeypatch) -> Preset:
     made = replace(smoke, name="made")
     for name in NOTEBOOKS:
         write_json(made.folder / "notebooks" / f"{name}.ipynb", notebook(name))
-    for name in RUN_FILES:
-        write_json(made.folder / "run" / name, {"file": name})
+    for run in ("run", "teachers/1"):
+        for name in RUN_FILES:
+            write_json(made.folder / run / name, {"file": name})
     save_blm(made.folder / "run" / "model", tokenizer)
     write_json(made.folder / "heads.json", ["a head"])
     for section, name in STATED:
@@ -71,37 +70,33 @@ def preset(tmp_path, smoke, tokenizer, monkeypatch) -> Preset:
     return made
 
 
-def test_source_text_progress_bars_and_this_machine_are_cleared_and_everything_else_stays(preset, tmp_path):
-    publish.publish(preset, tmp_path / "project")
+def test_source_text_progress_bars_and_this_machine_are_cleared_and_all_else_is_put_where_it_is_committed(preset, tmp_path):
+    root = tmp_path / "project"
+    figures, release, run = (root / name for name in ("figures", "release", "runs/made"))
+    figures.mkdir(parents=True)
+    (figures / "fig-old.svg").write_text(SVG)
+    publish.publish(preset, root)
     for name in NOTEBOOKS:
-        text = (tmp_path / "project" / "notebooks" / f"{name}.ipynb").read_text()
+        text = (root / "notebooks" / f"{name}.ipynb").read_text()
         assert not [found for found in ("someone's story", "a bar", "a time", str(ROOT)) if found in text]
         assert "a number in a/b" in text
         assert "what this run wrote" in text
         assert text.count(SVG) == 2
         assert read_json(preset.folder / "notebooks" / f"{name}.ipynb") == notebook(name)  # the reader's own copy stays
-
-
-def test_figures_run_model_heads_and_card_are_put_where_they_are_committed_and_old_figures_go(preset, tmp_path):
-    figures, release, run = (tmp_path / name for name in ("figures", "release", "runs/made"))
-    figures.mkdir()
-    (figures / "fig-old.svg").write_text(SVG)
-    publish.publish(preset, tmp_path)
     expected = {f"fig-{name}-{kind}" for name in NOTEBOOKS for kind in ("vector.svg", "pixels.png")}
     assert {path.name for path in figures.iterdir()} == expected | {"heads.json", "story.md"}
     assert (figures / "fig-01_data-vector.svg").read_text() == SVG
     assert (figures / "fig-01_data-pixels.png").read_bytes() == PNG
-    assert read_json(figures / "heads.json") == ["a head"]
-    assert sorted(path.name for path in run.iterdir()) == sorted(RUN_FILES)
-    (story,) = re.findall('<div class="blm-paper">(.*)</div>', (figures / "story.md").read_text(), re.DOTALL)
-    assert "Once" in re.sub("<.*?>", "", story)
+    assert {str(path.relative_to(run)) for path in run.rglob("*.json*")} == {
+        *RUN_FILES,
+        *(f"teachers/1/{n}" for n in RUN_FILES),
+    }
+    assert (release / "tokenizer.json").is_file()
     # The card states what was recorded, and the published model wrote its samples.
     card = (release / "README.md").read_text()
-    assert STATED
     assert not [f"{section}'s {name}" for section, name in STATED if f"{section}'s {name}" not in card]
-    assert "{" not in card.split("## Ten samples")[0]
-    for number, text in enumerate(complete(*load_model(release), [PROMPT] * SAMPLES, Sampling()), 1):
-        assert f"{number}. {' '.join((PROMPT + text).split())}" in card
+    for number, text in enumerate(complete(*load_model(release), [BEGINNING] * SAMPLES, Sampling()), 1):
+        assert f"{number}. {' '.join((BEGINNING + text).split())}" in card
 
 
 def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch):
@@ -111,36 +106,19 @@ def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch):
     written = io.StringIO()
     with contextlib.redirect_stdout(written):
         exec(compile(example, "the card's example", "exec"), {})
-    assert PROMPT in written.getvalue()
+    assert BEGINNING in written.getvalue()
     assert len(written.getvalue().split()) > 50
 
 
-def test_scores_that_evaluate_printed_stand_in_the_card(preset, tmp_path, capsys):
-    (tmp_path / "held.txt").write_text("A goat sat on a cart.\n<|endoftext|>\nIt rained.\n<|endoftext|>\n")
-    model = str(preset.folder / "run" / "model")
-    assert main(["evaluate", "--model", model, "--text", str(tmp_path / "held.txt"), "--json"]) == 0
-    (tmp_path / "evaluate.jsonl").write_text(capsys.readouterr().out)
-    (line,) = publish.evaluations(tmp_path / "evaluate.jsonl")
-    assert line.startswith("held.txt ")
-    assert line.endswith("], 2 stories")
-
-
 @pytest.mark.parametrize(
-    ("file", "spoilt", "named"),
+    ("file", "spoilt"),
     [
-        ("notebooks/06_inside.ipynb", {"execution_count": None}, "06_inside.ipynb was not executed"),
-        ("notebooks/06_inside.ipynb", {"execution_count": 9}, "06_inside.ipynb was not executed"),
-        ("notebooks/06_inside.ipynb", {"outputs": [ERROR]}, "06_inside.ipynb was not executed"),
-        ("notebooks/03_model.ipynb", None, "03_model"),
-        ("results.json", None, "no results"),
-        ("heads.json", None, "run 06_inside"),
-        ("run/summary.json", None, "summary.json"),
-        ("run/model/config.json", None, "model/config.json"),
+        ("notebooks/06_inside.ipynb", {"execution_count": 9}),
+        ("notebooks/06_inside.ipynb", {"outputs": [ERROR]}),
+        *((name, None) for name in ("notebooks/03_model.ipynb", "heads.json", "run/model/config.json")),
     ],
 )
-def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(
-    preset, tmp_path, file, spoilt, named
-):
+def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(preset, tmp_path, file, spoilt):
     path = preset.folder / file
     if spoilt:
         made = read_json(path)
@@ -148,21 +126,18 @@ def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_
         write_json(path, made)
     else:
         path.unlink()
-    with pytest.raises(PublishError, match=named):
+    with pytest.raises(PublishError, match=file):
         publish.publish(preset, tmp_path / "project")
     assert not (tmp_path / "project").exists()
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text() | st.sampled_from(["yes", "1e3", "a: b # c", "\x7f\x85\u2028\ufeff", "\U0001f98a é", "line\nline"]))
-def test_any_recorded_text_is_the_same_after_a_yaml_reader(smoke, tmp_path, text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BLM_BUILD", str(tmp_path))
-        publish.record(smoke, "samples", story="an older one")
-        publish.record(smoke, "samples", story=text, layers=3)
-        publish.write_variables(smoke, tmp_path)
+def test_any_recorded_text_is_the_same_after_a_yaml_reader(preset, tmp_path):
+    texts = ["yes", "1e3", "a: b # c", "\x7f\x85\u2028\ufeff", "\U0001f98a é", "line\nline", "long " * 100]
+    publish.record(preset, "samples", text4="an older one")
+    publish.record(preset, "samples", layers=3, **{f"text{number}": text for number, text in enumerate(texts)})
+    publish.write_variables(preset, tmp_path)
     found = yaml.safe_load((tmp_path / "_variables.yml").read_text(encoding="utf-8"))
-    assert found == {"samples": {"story": text, "layers": "3"}}
+    assert found["samples"] == {"layers": "3", **{f"text{number}": text for number, text in enumerate(texts)}}
 
 
 def test_a_table_has_one_line_per_row_text_left_and_numbers_right():

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     gguf.add_argument("--dtype", default="f16", choices=("f32", "f16", "bf16", "q8_0"), help="of matrices (default: f16)")
 
     bench = command("bench", _bench, "Measure how fast this machine trains, encodes and samples.")
-    bench.add_argument("--presets", help="with commas between them (default: all that fit the machine)")
+    bench.add_argument("--presets", help="with commas between them (default: cpu, on a GPU a100)")
     bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
     rehearse = command(
@@ -45,14 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--text", type=Path, required=True, help="stories with <|endoftext|> between them")
     score.add_argument("--normalise", action="store_true", help="fold typography and white space first")
     score.add_argument("--stories", type=int, help="only the first so many")
-    cost = command("cost", _cost, "Measure size, memory and speed of a model and its opponent by turns; minutes with GPT2-XL.")
+    cost = command("cost", _cost, "Measure size and speed of a model and its opponent by turns; minutes with GPT2-XL.")
     cost.add_argument("--opponent", help="folder or hub name for transformers (default: BLM_GPT2XL, else gpt2-xl)")
     cost.add_argument(
         "--random", action="store_true", help="instead of an opponent, GPT2-XL's architecture with random weights"
     )
-    cost.add_argument("--prefill", type=int, default=96, help="tokens read at once")
-    cost.add_argument("--generated", type=int, default=32, help="tokens written one by one")
-    cost.add_argument("--repeats", type=int, default=3)
 
     judge = command("judge", _judge, "Blind ratings: write sheets, let a server answer them, take the answers in.")
     judge.add_argument("folder", type=Path, help="of the sheets; answers lie in its folder answers/")
@@ -67,11 +64,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     for sub in (record, score):
         sub.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
+        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
     for sub in (gguf, cost, judge):
         sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of our model (default: release/)")
     for sub in (record, score, cost):
         sub.add_argument("--out", type=Path, required=True)
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
     for sub in (bench, rehearse, record, score, cost):
         sub.add_argument("--device", default="cpu" if sub is cost else "auto")
     return carry_out(parser, arguments)
@@ -97,7 +94,7 @@ def _export(args) -> None:
 
 def _bench(args) -> None:
     names = args.presets.split(",") if args.presets else None
-    result = speed.bench(names, args.device, speed.QUICK if args.quick else None)
+    result = speed.bench(names, args.device, args.quick)
     path = speed.save(result, args.out)
     for table in (speed.training_table(result), speed.ratio_table(result)):
         print(f"{publish.markdown_table(*table)}\n")
@@ -129,11 +126,10 @@ def _score(args) -> None:
 
 
 def _cost(args) -> None:
-    settings = speed.CostSettings(args.prefill, args.generated, args.repeats, args.device, args.dtype)
     opponent = models.GPT2_XL if args.random else args.opponent or os.environ.get("BLM_GPT2XL") or "gpt2-xl"
-    result = speed.measure_cost(args.model, opponent, settings)
+    result = speed.measure_cost(args.model, opponent, args.device)
     write_json(args.out, result)
-    print(publish.markdown_table(*speed.cost_table(result)))
+    print(publish.markdown_table(*speed.ratio_table(result)))
 
 
 def _judge(args) -> int:

@@ -1,16 +1,61 @@
-"""The model as one GGUF file for llama.cpp, through llama.cpp's own package `gguf`.
+"""The model for other programs: transformers and llama.cpp.
 
-- Architecture `llama`; the sentencepiece vocabulary with its scores and types
-- Matrices as f32, f16, bf16 or q8_0 (blocks of 32 along a row share a scale); norms stay float32, as llama.cpp wants them
-- One character differs: a literal U+2581 is a space in llama.cpp and three bytes here
+- transformers loads the saved folder as it is; what is added is a vocabulary for its fast tokenizers and how to sample
+- llama.cpp takes one GGUF file, written through its own package `gguf`: the architecture `llama`, the sentencepiece vocabulary
+  with its scores and types, matrices as f32, f16, bf16 or q8_0 (blocks of 32 along a row share a scale), norms as f32
+- One character differs: a literal U+2581, which sentencepiece uses for a space, is three bytes for us and a space for both
 """
 
 from pathlib import Path
 
 from torch import Tensor
 
+from blm_core import END_OF_TEXT
 from blm_core.checkpoint import load_model
-from blm_core.files import written_aside
+from blm_core.files import write_json, written_aside
+from blm_core.generate import Sampling
+from blm_core.tokenizer import SPACE_MARK, Tokenizer
+
+
+def export_transformers(folder: Path) -> None:
+    """Add to the model in `folder` what `AutoTokenizer` and `generate` need. Raises CheckpointError.
+
+    A text gets the ids of our vocabulary, with `<|endoftext|>` in front of it.
+    """
+    from tokenizers import AddedToken, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as FastTokenizer
+
+    model, tokenizer = load_model(folder)
+    pieces = {tokenizer.piece(i): i for i in range(len(tokenizer))}
+    merges = _merges(tokenizer, pieces)
+    fast = FastTokenizer(models.BPE(pieces, merges, unk_token=tokenizer.piece(0), fuse_unk=True, byte_fallback=True))
+    fast.normalizer = normalizers.Replace(" ", SPACE_MARK)
+    fast.decoder = decoders.Sequence([decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, tokenizer.eot)])
+    fast.add_special_tokens([AddedToken(END_OF_TEXT, normalized=False)])
+    fast.add_tokens([AddedToken("\n", normalized=False)])
+    fast.save(str(Path(folder) / "tokenizer.json"), pretty=False)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    config |= {"model_max_length": model.config.seq_len, "model_input_names": ["input_ids", "attention_mask"]}
+    write_json(Path(folder) / "tokenizer_config.json", config)
+    defaults = {"do_sample": True, **{name: getattr(Sampling(), name) for name in ("temperature", "top_p", "top_k")}}
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eot)
+    write_json(Path(folder) / "generation_config.json", defaults | special)
+
+
+def _merges(tokenizer: Tokenizer, pieces: dict[str, int]) -> list[tuple[str, str]]:
+    """The pairs of pieces that may be joined, best first.
+
+    sentencepiece joins the pair whose joined piece has the best score, the fast tokenizers the pair of the best rank: every
+    way of making a piece of two others gets the rank of that piece.
+    """
+    merges = []
+    for joined in sorted(filter(tokenizer.is_normal, pieces.values()), key=tokenizer.score, reverse=True):
+        piece = tokenizer.piece(joined)
+        pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece)) if piece[:i] in pieces and piece[i:] in pieces]
+        merges += sorted(pairs, key=lambda pair: [pieces[part] for part in pair])
+    return merges
 
 
 def interleaved(weight: Tensor, n_heads: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT
-from blm_core.files import read_json, written_aside
+from blm_core.files import read_json
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import SPACE_MARK, Tokenizer
@@ -33,46 +33,28 @@ CONFIG = ("vocab_size", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_head"
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`weight` (rows, columns) as int8 and the float32 scale of each row (rows,); their product is at most half a step off."""
-    scales = weight.float().abs().amax(1).clamp(min=1e-12) / LARGEST
-    return torch.round(weight.float() / scales[:, None]).to(torch.int8), scales
+    scales = weight.abs().amax(1).clamp(min=1e-12) / LARGEST
+    return torch.round(weight / scales[:, None]).to(torch.int8), scales
 
 
-@torch.no_grad()
-def rounded(model: LanguageModel) -> LanguageModel:
-    """Replace the matrices of `model` by what the page keeps of them, and return it."""
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            values, scales = quantised(weight)
-            weight.copy_(values * scales[:, None])
-    return model
-
-
-def vocabulary(tokenizer: Tokenizer) -> dict:
-    """Pieces that text can spell (null elsewhere), their scores, the ids of the 256 bytes and of `<|endoftext|>`."""
-    pieces = [tokenizer.piece(i) for i in range(len(tokenizer))]
-    ids = {piece: i for i, piece in enumerate(pieces)}
-    return {
-        "pieces": [piece if tokenizer.is_normal(i) or piece == "\n" else None for i, piece in enumerate(pieces)],
-        "scores": [tokenizer.score(i) for i in range(len(tokenizer))],
-        "bytes": [ids[f"<0x{byte:02X}>"] for byte in range(256)],
-        "eot": tokenizer.eot,
-    }
-
-
-def pack(release: Path, heads: list[dict]) -> str:
-    """The model in the folder `release` as base64; the layout is read by the constructor of `Model` in engine.js."""
-    model, tokenizer = load_model(release)
+def pack(model: LanguageModel, tokenizer: Tokenizer, heads: list[dict]) -> str:
+    """The model as base64; the layout is read by the constructor of `Model` in engine.js."""
     tensors, numbers, whole = [], [], []
     for name, weight in model.state_dict().items():
         values, floats = quantised(weight) if weight.ndim == 2 else (None, weight)
-        tensors.append({"name": name, "rows": len(weight), "columns": weight.shape[1] if weight.ndim == 2 else 0})
-        numbers.append(floats.float().numpy().astype("<f4").tobytes())
+        tensors.append({"name": name, "rows": len(weight), "columns": 0 if values is None else weight.shape[1]})
+        numbers.append(floats.numpy().astype("<f4").tobytes())
         whole.append(b"" if values is None else values.numpy().tobytes())
-    defaults = read_json(release / "generation_config.json")
+    pieces = [tokenizer.piece(i) for i in range(len(tokenizer))]
     header = {
         "config": {name: getattr(model.config, name) for name in CONFIG},
-        "vocabulary": vocabulary(tokenizer),
-        "sampling": {"temperature": defaults["temperature"], "topP": defaults["top_p"]},
+        "vocabulary": {  # null for pieces that no text can spell
+            "pieces": [piece if tokenizer.is_normal(i) or piece == "\n" else None for i, piece in enumerate(pieces)],
+            "scores": [tokenizer.score(i) for i in range(len(tokenizer))],
+            "bytes": [pieces.index(f"<0x{byte:02X}>") for byte in range(256)],
+            "eot": tokenizer.eot,
+        },
+        "sampling": {"temperature": Sampling().temperature, "topP": Sampling().top_p},
         "heads": heads,
         "tensors": tensors,
     }
@@ -92,18 +74,15 @@ def surprises(model: LanguageModel, tokenizer: Tokenizer, text: str) -> list[tup
 
 def still(words: list[tuple[str, float]]) -> str:
     """`words` and their surprise as Markdown for Quarto: shaded text for HTML without a script, and for the PDF."""
-    shades = [(text, min(1.0, bits / SURPRISE) * SHADE) for text, bits in words]
-    spans = [
-        " " * text.startswith(" ")
-        + f'<span style="background:rgb(214 96 40 / {shade:.2f})">{html.escape(text.lstrip(" "))}</span>'
-        for text, shade in shades
-    ]
-    # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
-    colours = ["#" + "".join(f"{round(255 - (255 - c) * shade):02x}" for c in (214, 96, 40)) for _, shade in shades]
-    marked = [
-        "#linebreak()" if text == "\n" else f'#highlight(fill: rgb("{colour}"))[#text({json.dumps(text, ensure_ascii=False)})]'
-        for (text, _), colour in zip(shades, colours, strict=True)
-    ]
+    spans, marked = [], []
+    for text, bits in words:
+        shade = min(1.0, bits / SURPRISE) * SHADE
+        style = f"background:rgb(214 96 40 / {shade:.2f})"
+        spans.append(" " * text.startswith(" ") + f'<span style="{style}">{html.escape(text.lstrip(" "))}</span>')
+        # Typst's highlight has no opacity on white paper, so that the shade is mixed here.
+        colour = "#" + "".join(f"{round(255 - (255 - c) * shade):02x}" for c in (214, 96, 40))
+        quoted = json.dumps(text, ensure_ascii=False)
+        marked.append("#linebreak()" if text == "\n" else f'#highlight(fill: rgb("{colour}"))[#text({quoted})]')
     return f"""```{{=html}}
 <div class="blm-paper">{"".join(spans)}</div>
 ```
@@ -120,17 +99,16 @@ def write_page(release: Path, out: Path, heads: Path = ROOT / "figures" / "heads
     `heads` may hold what the inside view found: a list of {"name", "layer", "head", "what"}, counted from 1 as in the report.
     """
     style, markup, engine, page = ((SOURCES / n).read_text("utf-8") for n in ("page.css", "page.html", "engine.js", "page.js"))
-    model, _ = load_model(release)
-    temperature = read_json(Path(release) / "generation_config.json")["temperature"]
-    parameters = sum(weight.numel() for weight in model.parameters()) / 1e6
+    model, tokenizer = load_model(release)
+    millions = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}"
     parts = [
         f"<style>\n{style}</style>",
-        markup.replace("{temperature}", str(temperature)).replace("{parameters}", f"{parameters:.1f}"),
-        f'<script type="text/plain" id="blm-model">{pack(Path(release), read_json(heads, []))}</script>',
+        markup.replace("{temperature}", str(Sampling().temperature)).replace("{parameters}", millions),
+        f'<script type="text/plain" id="blm-model">{pack(model, tokenizer, read_json(heads, []))}</script>',
         f"<script>\n(() => {{\n{engine}\n{page}\n}})();\n</script>",
     ]
-    with written_aside(Path(out) / "page.html") as aside:
-        aside.write_text("\n".join(parts) + "\n", encoding="utf-8")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "page.html").write_text("\n".join(parts) + "\n", encoding="utf-8")
 
 
 def write_story(release: Path, path: Path) -> None:
@@ -140,8 +118,7 @@ def write_story(release: Path, path: Path) -> None:
     """
     model, tokenizer = load_model(release)
     text = BEGINNING + complete(model, tokenizer, [BEGINNING], Sampling())[0]
-    with written_aside(path) as aside:
-        aside.write_text(still(surprises(model, tokenizer, text)), encoding="utf-8")
+    path.write_text(still(surprises(model, tokenizer, text)), encoding="utf-8")
 
 
 if __name__ == "__main__":

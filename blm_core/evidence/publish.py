@@ -6,15 +6,16 @@
 """
 
 import base64
-import json
+import math
 import re
 import shutil
 from pathlib import Path
 
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, Preset
-from blm_core.evidence import page
-from blm_core.files import read_json, read_json_lines, write_json, written_aside
+from blm_core.evidence.export import export_transformers
+from blm_core.evidence.page import BEGINNING, write_story
+from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, complete
 from blm_core.model import LanguageModel
 from blm_core.tokenizer import Tokenizer
@@ -22,9 +23,7 @@ from blm_core.tokenizer import Tokenizer
 NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl", "06_inside")
 SOURCE_TEXT, OWN_RUN = "source-text", "own-run"
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
-NOT_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")  # valid as they stand in JSON strings only
 WIDEST_CELL = 40  # characters; longer cells are broken
-PROMPT = "Once upon a time"
 SAMPLES = 10
 # What stands to the right in a table.
 NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|\u2013|")
@@ -38,8 +37,8 @@ pipeline_tag: text-generation
 
 # BLM, a boutique language model
 
-A decoder of the Llama family with {model[parameters]} parameters that writes short stories for small children. It was
-trained from scratch with the preset `{preset.name}` of the project that this folder belongs to.
+A decoder of the Llama family with {model[parameters]} parameters that writes short stories for small children, trained from
+scratch with the preset `{preset.name}` of the project that this folder belongs to.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -48,40 +47,27 @@ tokenizer, model = AutoTokenizer.from_pretrained("release"), AutoModelForCausalL
 print(tokenizer.decode(model.generate(**tokenizer("{prompt}", return_tensors="pt"), max_new_tokens=200)[0]))
 ```
 
-Without transformers: `python -m blm_core generate --prompt "{prompt}"`.
+**Data.** {data[train_stories]} stories, {data[train_megabytes]} MB, of the TinyStories data set (Eldan and Li 2023; by its card
+under CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` shows. Validation stories were never trained on.
 
-## Data
-
-{data[train_stories]} stories, {data[train_megabytes]} MB, of the TinyStories data set (Eldan and Li 2023; its card names
-the licence CDLA-Sharing-1.0), cleaned and split as `notebooks/01_data.ipynb` shows. Validation stories were never trained on.
-
-## Recipe
-
-{model[layers]} layers of width {model[width]}, {model[heads]} query heads on {model[kv_heads]} key/value heads,
+**Recipe.** {model[layers]} layers of width {model[width]}, {model[heads]} query heads on {model[kv_heads]} key/value heads,
 context {model[context]}, {tokenizer[pieces]} pieces. {train[tokens]} tokens in {train[steps]} steps ({train[epochs]} epochs),
 {optimizer}, learning rate {preset.train.learning_rate:g}, weight decay {preset.train.weight_decay:g},
 dropout {preset.model.dropout:g}; {train[minutes]} minutes on {train[device]}, PyTorch {train[torch]}, {train[dtype]}.
 {taught}All settings: `runs/{preset.name}/config.json`.
 
-## Scores
+**Scores.** {compare[bits_per_byte]} bits per byte on {compare[stories]} stories ({compare[split]}), each scored alone, 95 %
+bootstrap interval over stories [{compare[low]}, {compare[high]}]. `notebooks/05_compare_gpt2xl.ipynb` compares it with GPT2-XL.
 
-{compare[bits_per_byte]} bits per byte on {compare[stories]} stories ({compare[split]}), each scored alone, 95 % bootstrap
-interval over stories [{compare[low]}, {compare[high]}].
-{evaluated}`notebooks/05_compare_gpt2xl.ipynb` holds the comparison with GPT2-XL.
+**Limits.** It knows the world of its stories and nothing else: no facts, no instructions, no other language, nothing longer
+than its context. It loses track of who holds what, and its endings can come from nowhere. Nobody has checked what it may say
+that a child should not read.
 
-## Limits
-
-It knows the world of its stories and nothing else: no facts, no instructions, no other language, nothing longer than its
-context of {model[context]} tokens. It loses track of who holds what, and its endings can come from nowhere. Nobody has checked
-what it may say that a child should not read.
-
-## Ten samples, not picked
-
-The first ten after "{prompt}", temperature {sampling.temperature:g}, top-p {sampling.top_p:g}, seed {sampling.seed}.
+**Samples, not picked.** The first ten after "{prompt}" with temperature {sampling.temperature:g}, top-p {sampling.top_p:g} and
+seed {sampling.seed}:
 
 {written}
 """
-TAUGHT = "{} larger models were trained first; {:.0%} of the loss asks for their mean prediction, the rest for the text."
 
 
 class PublishError(RuntimeError):
@@ -112,16 +98,19 @@ def markdown_table(header: tuple, rows: list[tuple]) -> str:
 
 def write_variables(preset: Preset, folder: Path) -> None:
     """Everything recorded, as `folder/_variables.yml`. Raises PublishError where nothing was."""
+    import yaml
+
     results = read_json(preset.folder / "results.json")
     if not results:
         raise PublishError(f"{preset.folder} holds no results; run the notebooks first.")
     lines = [f"# Written by the notebooks with the preset {preset.name}."]
     for section, values in sorted(results.items()):
         lines.append(f"{section}:")
-        for name, value in sorted(values.items()):  # a string of JSON is one of YAML once some more characters are escaped
-            quoted = NOT_YAML.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(value, ensure_ascii=False))
-            lines.append(f"  {name}: {quoted}")
-    _write(folder / "_variables.yml", ("\n".join(lines) + "\n").encode())
+        for name, value in sorted(values.items()):  # in quotes, as other readers of YAML may take a bare 1e3 for a number
+            quoted = yaml.safe_dump(value, default_style='"', allow_unicode=True, width=math.inf)
+            lines.append(f"  {name}: {quoted.strip()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "_variables.yml").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def publish(preset: Preset, root: Path = ROOT) -> None:
@@ -129,30 +118,31 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
 
     Raises PublishError, before anything is changed, where a notebook was not executed to its end or the run is not finished.
     """
-    executed = {name: _executed(preset.folder / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
-    run, figures, release = preset.folder / "run", root / "figures", root / "release"
-    missing = [name for name in (*RUN_FILES, "model/config.json") if not (run / name).is_file()]
-    if missing:
-        raise PublishError(f"{run} holds no finished run: {', '.join(missing)} not found. Run 04_train first.")
-    heads = preset.folder / "heads.json"
-    if not heads.is_file():
-        raise PublishError(f"{heads} is missing; run 06_inside first.")
+    made, figures, release = preset.folder, root / "figures", root / "release"
+    runs = [f"run/{name}" for name in (*RUN_FILES, "model/config.json")]
+    for name in (*(f"notebooks/{name}.ipynb" for name in NOTEBOOKS), *runs, "heads.json"):
+        if not (made / name).is_file():
+            raise PublishError(f"{made / name} is missing; run the notebooks first.")
+    notebooks = {name: _executed(made / "notebooks" / f"{name}.ipynb") for name in NOTEBOOKS}
     write_variables(preset, root)
     shutil.rmtree(figures, ignore_errors=True)
-    for name, notebook in executed.items():
+    figures.mkdir()
+    for name, notebook in notebooks.items():
         for cell in notebook["cells"]:
             if cell["cell_type"] == "code":
                 clear_for_publication(cell)
                 _save_figure(cell, figures)
         write_json(root / "notebooks" / f"{name}.ipynb", notebook)
     kept = root / "runs" / preset.name
-    runs = {run: kept} | {teacher: kept / "teachers" / teacher.name for teacher in (preset.folder / "teachers").glob("*")}
-    copied = {each / name: target / name for each, target in runs.items() for name in RUN_FILES}
-    copied |= {path: release / path.name for path in sorted((run / "model").iterdir())}
-    for source, target in {**copied, heads: figures / "heads.json"}.items():
-        _write(target, source.read_bytes())
-    page.write_story(release, figures / "story.md")
-    _write(release / "README.md", model_card(preset, *load_model(release), root).encode())
+    for run, target in ((made / "run", kept), *((path, kept / "teachers" / path.name) for path in made.glob("teachers/*"))):
+        target.mkdir(parents=True, exist_ok=True)
+        for name in RUN_FILES:
+            shutil.copyfile(run / name, target / name)
+    shutil.copyfile(made / "heads.json", figures / "heads.json")
+    shutil.copytree(made / "run" / "model", release, dirs_exist_ok=True)
+    export_transformers(release)
+    write_story(release, figures / "story.md")
+    (release / "README.md").write_text(model_card(preset, *load_model(release)), encoding="utf-8")
 
 
 def clear_for_publication(cell: dict) -> None:
@@ -169,12 +159,9 @@ def clear_for_publication(cell: dict) -> None:
 
 def _executed(path: Path) -> dict:
     notebook = read_json(path)
-    if notebook is None:
-        raise PublishError(f"{path} is missing; run the notebooks first.")
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    counts = [cell["execution_count"] for cell in cells]
     errors = [out for cell in cells for out in cell["outputs"] if out["output_type"] == "error"]
-    if errors or counts != list(range(1, len(cells) + 1)):
+    if errors or [cell["execution_count"] for cell in cells] != list(range(1, len(cells) + 1)):
         raise PublishError(f"{path} was not executed from top to bottom without errors.")
     return notebook
 
@@ -184,37 +171,23 @@ def _save_figure(cell: dict, folder: Path) -> None:
     for output in cell["outputs"] if label else []:
         match output.get("data"):
             case {"image/svg+xml": svg}:
-                _write(folder / f"{label[1]}.svg", "".join(svg).encode())
+                (folder / f"{label[1]}.svg").write_text("".join(svg), encoding="utf-8")
             case {"image/png": png}:
-                _write(folder / f"{label[1]}.png", base64.b64decode(png))
+                (folder / f"{label[1]}.png").write_bytes(base64.b64decode(png))
 
 
-def _write(target: Path, content: bytes) -> None:
-    with written_aside(target) as aside:
-        aside.write_bytes(content)
-
-
-def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer, root: Path = ROOT) -> str:
+def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer) -> str:
     """The card in Markdown, from what the notebooks of `preset` have recorded; `model` writes the samples."""
-    sampling, evaluated = Sampling(), evaluations(root / "runs" / preset.name / "evaluate.jsonl")
-    texts = complete(model, tokenizer, [PROMPT] * SAMPLES, sampling)
+    texts, taught = complete(model, tokenizer, [BEGINNING] * SAMPLES, Sampling()), ""
+    if preset.teachers:
+        taught = f"{len(preset.teachers)} larger models were trained first; "
+        taught += f"{preset.train.teacher_weight:.0%} of the loss asks for their mean prediction, the rest for the text. "
     return CARD.format(
         **read_json(preset.folder / "results.json"),
         preset=preset,
-        prompt=PROMPT,
-        taught=f"{TAUGHT.format(len(preset.teachers), preset.train.teacher_weight)} " if preset.teachers else "",
+        prompt=BEGINNING,
+        taught=taught,
         optimizer="Muon and AdamW" if preset.train.optimizer == "muon" else "AdamW",
-        evaluated=f"By `evaluate`: {'; '.join(evaluated)}. " if evaluated else "",
-        sampling=sampling,
-        written="\n".join(f"{number}. {' '.join(f'{PROMPT}{text}'.split())}" for number, text in enumerate(texts, 1)),
+        sampling=Sampling(),
+        written="\n".join(f"{number}. {' '.join(f'{BEGINNING}{text}'.split())}" for number, text in enumerate(texts, 1)),
     )
-
-
-def evaluations(path: Path) -> list[str]:
-    """What `python -m blm_core evaluate --json` printed into `path`, a line for each text; none where there is no such file."""
-    lines = read_json_lines(path) if path.is_file() else []
-    told = []
-    for x in lines:
-        text = x["text"] + (", typography folded" if x["normalised"] else "")
-        told.append(f"{text} {x['bits_per_byte']:.3f} [{x['low']:.3f}, {x['high']:.3f}], {x['stories']:,} stories")
-    return told
