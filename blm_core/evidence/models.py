@@ -44,12 +44,11 @@ class UnavailableError(RuntimeError):
 
 
 class ComparedModel(ABC):
-    """A model that scores and completes. `revision` names its weights."""
+    """A model that scores and completes, in float32. `revision` names its weights."""
 
     name: str
     revision: str
     device: torch.device
-    dtype: str
     seq_len: int
     batch_size = 16  # completions at a time
     batch_tokens = 8192  # scored at a time
@@ -67,7 +66,7 @@ class ComparedModel(ABC):
         """What the model writes behind each prompt. Raises ValueError for a prompt that leaves no room in the context."""
 
     def settings(self) -> dict:
-        return {"model": self.name, "revision": self.revision, "dtype": self.dtype}
+        return {"model": self.name, "revision": self.revision}
 
     def story_bits(self, stories: list[str]) -> np.ndarray:
         """Bits of each story behind the start token, each scored alone, as `evaluate.story_bits` counts them (n,)."""
@@ -84,9 +83,9 @@ class ComparedModel(ABC):
 
 
 class BLM(ComparedModel):
-    """A model of this project, in float32."""
+    """A model of this project."""
 
-    name, dtype = "BLM", "float32"
+    name = "BLM"
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         """Load the model in `folder`. Raises CheckpointError."""
@@ -110,7 +109,7 @@ class TransformersModel(ComparedModel):
 
     batch_tokens = 2048  # a vocabulary of 50,257 makes logits of 0.4 GB from them
 
-    def __init__(self, name: str, device: str = "auto", dtype: torch.dtype = torch.float32):
+    def __init__(self, name: str, device: str = "auto"):
         """Load `name`, a hub name or a local folder. Raises UnavailableError."""
         folder = Path(name).expanduser()
         local = folder.is_dir()
@@ -126,8 +125,8 @@ class TransformersModel(ComparedModel):
                 "a connection to the hub or BLM_GPT2XL set to a folder with the model."
             ) from error
         self.name = folder.resolve().name if local else name
-        self.device, self.dtype = _device(device), str(dtype).removeprefix("torch.")
-        self.model.to(self.device, dtype)
+        self.device = _device(device)
+        self.model.to(self.device, torch.float32)
         self.model.generation_config = GenerationConfig()  # its own settings of sampling are not used
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
         own_hash = text_sha256("".join(sha256(path) for path in weights))[:16]
@@ -171,10 +170,10 @@ class TransformersModel(ComparedModel):
         return [self.tokenizer.decode(row[: row.index(self.end)]) for row in rows]
 
 
-def load(name: str | Path, device: str = "auto", dtype: torch.dtype = torch.float32) -> ComparedModel:
+def load(name: str | Path, device: str = "auto") -> ComparedModel:
     """A model of this project in the folder `name`, else what transformers loads under that name. Raises as those two do."""
     ours = (Path(name) / "tokenizer.model").is_file()
-    return BLM(name, device) if ours else TransformersModel(str(name), device, dtype)
+    return BLM(name, device) if ours else TransformersModel(str(name), device)
 
 
 def opponent(preset: Preset) -> TransformersModel:
@@ -185,11 +184,11 @@ def opponent(preset: Preset) -> TransformersModel:
     return TransformersModel(name)
 
 
-def random_gpt2(architecture: dict, dtype: torch.dtype = torch.float32, device: str = "cpu") -> torch.nn.Module:
+def random_gpt2(architecture: dict, device: str | torch.device = "cpu") -> torch.nn.Module:
     """GPT-2 with random weights, such as `random_gpt2(GPT2_XL)`: as large and as fast as the real one, and it knows nothing."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device, dtype)
+    return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device)
 
 
 def published_bits() -> tuple[float, float]:
