@@ -297,7 +297,8 @@ def _run(
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{rate:,.0f}")
                 run.pending, since, logged_step = [], paused, run.step
             if here.first and at_eval:
-                found, *_ = score(run.model.eval(), tokenizer, watched, config.dtype)
+                with precision(device, config.dtype):
+                    found, *_ = score(run.model.eval(), tokenizer, watched)
                 run.model.train()
                 value = {"validation_bits_per_byte": found.bits_per_byte, "low": found.low, "high": found.high}
                 log.write(step=run.step, tokens=run.step * preset.tokens_per_step, **value)

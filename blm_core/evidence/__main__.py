@@ -2,10 +2,7 @@
 
 import os
 import sys
-from collections import Counter
 from pathlib import Path
-
-import torch
 
 from blm_core.__main__ import carry_out, command_line, preset_of, sampling_arguments, sampling_of
 from blm_core.config import ROOT, ConfigError
@@ -39,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
 
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
-    record.add_argument("--prompts", default="own", help='"own", "authors", or a file (.json, .yaml)')
+    record.add_argument("--prompts", default="own", help='"own", or a JSON file like ours')
     record.add_argument("--samples", type=int, default=3, help="completions of each prompt")
     sampling_arguments(record, max_tokens=200)
     score = command("score", _score, "Write bits of every story under a model to a JSON-lines file; continues a broken one.")
@@ -65,7 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     for sub in (record, score):
         sub.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
     for sub in (gguf, cost, judge):
         sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of our model (default: release/)")
     for sub in (record, score, cost):
@@ -112,15 +108,14 @@ def _record(args) -> None:
     if args.samples < 1:
         raise ConfigError(f"--samples {args.samples} must be at least 1.")
     sampling, prompts = sampling_of(args), models.read_prompts(args.prompts)
-    model = models.load(args.model, args.device, getattr(torch, args.dtype))
+    model = models.load(args.model, args.device)
     lines = models.record(model, prompts, args.out, sampling, args.samples)
-    stopped = Counter(line["stopped"] for line in lines)
-    print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}, stopped by {dict(stopped)}")
+    print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}")
 
 
 def _score(args) -> None:
     stories = read_stories(args.text, args.normalise)[: args.stories]
-    model = models.load(args.model, args.device, getattr(torch, args.dtype))
+    model = models.load(args.model, args.device)
     sizes = [len(story.encode()) for story in stories]
     value, low, high = ratio_interval(models.score_stories(model, stories, args.out), sizes)
     print(f"{len(stories):,} stories, {sum(sizes):,} bytes")
