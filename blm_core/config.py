@@ -57,7 +57,6 @@ class DataConfig:
     section: ClassVar[str] = "data"
     archive: str = ARCHIVE_URL  # URL, local file, or "sample"
     validation_file: str = VALIDATION_URL  # official validation stories, URL or local file; "" for none
-    sources: tuple[str, ...] = ()  # keep only records whose `source` is listed; empty keeps all
     min_characters: int = 100
     validation_share: float = 0.01  # of the archive's stories, chosen by a hash of the story
     near_duplicate: float = 0.5  # Jaccard similarity of 4-word shingles from which two stories count as one
@@ -153,7 +152,6 @@ class TrainConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     teacher_weight: float = 0.0  # share of the loss that asks for the mean prediction of the preset's teachers
-    weight_average: float = 0.0  # decay per step of a moving average of the weights, which is then the model; 0 for none
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: str = "auto"  # of autocast: bfloat16, or float32 for none; auto is bfloat16 where the device multiplies it fast
     compile: bool = False
@@ -161,7 +159,6 @@ class TrainConfig:
     eval_stories: int = 200
     log_every: int = 10  # steps
     checkpoint_minutes: float = 5.0
-    tensorboard: bool = False
     wandb: bool = False
 
     def __post_init__(self):
@@ -172,7 +169,7 @@ class TrainConfig:
         divides = self.batch_size % self.micro_batch_size == 0
         _require(divides, "train.micro_batch_size", self.micro_batch_size, f"a divisor of {self.batch_size=}")
         _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
-        _within(self, "[0, 1)", "weight_average", "beta1", "beta2", "momentum")
+        _within(self, "[0, 1)", "beta1", "beta2", "momentum")
         _within(self, "[0, 1]", "final_learning_rate", "teacher_weight")
         _within(self, "(0, 1)", "learning_rate")
         _within(self, "(0, 1]", "decay_share")

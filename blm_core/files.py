@@ -6,10 +6,8 @@
 """
 
 import contextlib
-import gzip
 import hashlib
 import json
-import lzma
 import os
 import re
 import shutil
@@ -22,10 +20,9 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-ATTEMPTS = 6
-BACKOFF = 1.0  # seconds before the second attempt, doubled each time
+PAUSES = (0, 1, 2, 4, 8)  # seconds before each attempt
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
-MEMBER = re.compile(r"(?:\./)?(data[0-9]+\.json)")
+SHARD = re.compile(r"data[0-9]+\.json")
 
 
 @contextlib.contextmanager
@@ -44,9 +41,8 @@ def written_aside(path: Path):
 
 
 def write_json(path: Path, value) -> None:
-    text = json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-    with written_aside(path) as aside:  # half a surrogate pair, which UTF-8 cannot hold, becomes its JSON escape
-        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    with written_aside(path) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, default=None):
@@ -94,156 +90,100 @@ class DownloadError(RuntimeError):
 
 
 class ArchiveError(RuntimeError):
-    """An archive that is broken or that must not be unpacked."""
-
-
-class _Retry(Exception):
-    """This attempt failed; another may not."""
-
-    def __init__(self, reason: str, wait: float = 0):
-        super().__init__(reason)
-        self.wait = wait
-
-
-def is_address(source: str) -> bool:
-    return re.match("https?://", source) is not None
+    """An archive that cannot be used."""
 
 
 def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
-    """The file named by `source`, a URL or a local path; URLs are downloaded into `folder` once.
+    """The file named by `source`, a URL or a local path; a URL is downloaded into `folder` once.
 
-    `variable` is the environment variable that names another source; errors point to it. Raises DownloadError.
+    `variable` is the environment variable that names another source, for the errors. Raises DownloadError.
     """
-    if not is_address(source):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
-        return path
-    name = source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
-    target, note = Path(folder) / name, Path(folder) / f"{name}.source"
-    if read_json(note, {}).get("url") == source and target.exists():
+    path = os.path.expanduser(source)
+    if os.path.isfile(path):  # which, unlike pathlib, answers for an address of any length
+        return Path(path)
+    if not source.startswith(("http://", "https://")):
+        raise DownloadError(f"{source} is neither a file nor an http(s) address. Set {variable} to one of them.")
+    target = Path(folder) / source.split("?")[0].rstrip("/").rsplit("/", 1)[-1]
+    note = target.with_name(f"{target.name}.source")
+    if target.exists() and read_json(note, {}).get("url") == source:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    way_out = f"Set {variable} to another URL or to a local file."
-    for attempt in range(ATTEMPTS):
+    for pause in PAUSES:
+        time.sleep(pause)
         try:
-            return _attempt(source, target, note)
-        except (_Retry, requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            reason = error
+            return _download(source, target, note)
         except requests.RequestException as error:
-            raise DownloadError(f"{source} cannot be had: {error}. {way_out}") from error
-        except OSError as error:
-            raise DownloadError(f"{target} cannot be written: {error.strerror}. Free some space and run this again.") from error
-        if attempt + 1 < ATTEMPTS:
-            time.sleep(max(BACKOFF * 2**attempt, getattr(reason, "wait", 0)))
+            reason = error
+            if error.response is not None and error.response.status_code in (401, 403, 404):
+                break  # another attempt would not change it
     raise DownloadError(
-        f"{source} could not be downloaded in {ATTEMPTS} attempts (last: {reason}). What had arrived is kept and will be "
-        f"resumed. {way_out}"
+        f"{source} could not be downloaded: {reason}. Run this again, which continues where it stopped, "
+        f"or set {variable} to another URL or to a local file."
     )
 
 
-def _attempt(url: str, target: Path, note: Path) -> Path:
-    """One try: continue `target.part` where it ends, then verify size and checksum and move it into place."""
-    part, known = target.with_name(target.name + ".part"), read_json(note, {})
-    have = part.stat().st_size if part.exists() and known.get("url") == url and known.get("version") else 0
-    if not have or have != known["size"]:
-        known = _receive(url, target, part, note, known, have)
+def _download(url: str, target: Path, note: Path) -> Path:
+    """One attempt: continue `target.part` where it ends, check size and checksum, and move it into place."""
+    part, known = target.with_name(f"{target.name}.part"), read_json(note, {})
+    have = part.stat().st_size if part.exists() and known.get("url") == url and known["version"] else 0
+    resume = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
+    with requests.get(url, headers={"Accept-Encoding": "identity", **resume}, stream=True, timeout=TIMEOUT) as response:
+        if response.status_code == 416:  # nothing follows this part, so it is of another file
+            part.unlink(missing_ok=True)
+        response.raise_for_status()
+        if not have or response.status_code != 206:
+            for old in (target, part):  # before the note stops being about them
+                old.unlink(missing_ok=True)
+            known, have = {"url": url, **_stated(response)}, 0
+            write_json(note, known)
+        bar = {"total": known["size"], "initial": have, "desc": target.name}
+        with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as out:
+            for block in response.iter_content(1 << 20):
+                out.write(block)
     size = part.stat().st_size
     if known["size"] in (None, size) and known["sha256"] in (None, sha256(part)):
         return part.replace(target)
     if size >= (known["size"] or 0):  # what is too short is continued
         part.unlink()
-    raise _Retry(f"{size} of {known['size']} bytes arrived; the server states the sha256 {known['sha256']}")
-
-
-def _receive(url: str, target: Path, part: Path, note: Path, known: dict, have: int) -> dict:
-    """Write the file, or what follows its first `have` bytes, to `part`; what the server says of it goes into `note`."""
-    resume = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
-    with requests.get(url, headers={"Accept-Encoding": "identity", **resume}, stream=True, timeout=TIMEOUT) as response:
-        status, stated = response.status_code, {"url": url, **_stated(response)}
-        if status == 429 or status >= 500:
-            wait = response.headers.get("Retry-After", "")
-            raise _Retry(f"HTTP status {status}", wait=min(int(wait), 120) if wait.isdigit() else 0)
-        if status in (206, 416):
-            continued = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-            if not have or not continued or stated["version"] != known["version"]:
-                part.unlink(missing_ok=True)
-                raise _Retry("the server cannot continue the file, so it is started again")
-        else:
-            response.raise_for_status()
-            known, have = stated, 0
-            for other in (target, part):  # before the note stops being about them
-                other.unlink(missing_ok=True)
-            write_json(note, known)
-        with (
-            open(part, "ab") as file,
-            tqdm.wrapattr(file, "write", total=known["size"], initial=have, desc=target.name) as out,
-        ):
-            for block in response.iter_content(1 << 20):
-                out.write(block)
-    return known
+    raise requests.ConnectionError(f"{size} bytes arrived that are not the file as the server describes it: {known}")
 
 
 def _stated(response: requests.Response) -> dict:
-    """What the server says of the file. The hub states size and sha256 of the real file on its redirect."""
-    own, linked = response.headers, {}
-    for answer in [*response.history, response]:
-        linked |= {name.lower(): value for name, value in answer.headers.items() if name.lower().startswith("x-linked-")}
-    digest = linked.get("x-linked-etag", "").strip('W/"')
-    size = linked.get("x-linked-size") or own.get("Content-Length")
-    tag = own.get("ETag", "W/")
+    """What the server says of the file. The hub states size and sha256 on the redirect that leads to it."""
+    own, redirects = response.headers, {}
+    for redirect in response.history:
+        redirects |= {name.lower(): value for name, value in redirect.headers.items()}
+    size = redirects.get("x-linked-size") or own.get("Content-Length")
+    digest = redirects.get("x-linked-etag", "").strip('"')
     return {
-        "version": own.get("Last-Modified") if tag.startswith("W/") else tag,  # If-Range takes strong validators only
+        "version": own.get("ETag") or own.get("Last-Modified"),
         "size": int(size) if size else None,
-        "sha256": digest if re.fullmatch(r"[0-9a-f]{64}", digest) else None,
+        "sha256": digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
     }
 
 
-def pack_sample(folder: Path, target: Path) -> Path:
-    """The shards in `folder` as an archive like the official one, byte for byte the same every time."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with gzip.GzipFile(target, "wb", compresslevel=1, mtime=0) as packed, tarfile.open(fileobj=packed, mode="w") as archive:
-        for shard in sorted(folder.glob("data*.json")):
-            info = tarfile.TarInfo(shard.name)
-            info.size = shard.stat().st_size
-            with open(shard, "rb") as file:
-                archive.addfile(info, file)
-    return target
-
-
 def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Take the `dataNN.json` members of `archive` out into `folder`, all or none; their sorted paths.
+    """Take the regular files named `dataNN.json` out of `archive` into a new `folder`, all or none; their sorted paths.
 
-    Other files are passed over. Raises ArchiveError for damage, absolute paths, `..`, links, devices and sparse files.
+    Everything else in the archive is passed over. Raises ArchiveError for a damaged archive and one without such files.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)  # what a killed run left
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     try:
-        aside.mkdir()
-        with tarfile.open(archive) as tar, tqdm(unit="B", unit_scale=True, desc=f"unpacking {archive.name}") as bar:
-            for member in tar:
-                outside = member.name.startswith("/") or ".." in Path(member.name).parts
-                if outside or member.issparse() or not (member.isfile() or member.isdir()):
-                    why = "lies outside the archive" if outside else "is a link, device or sparse file"
-                    raise ArchiveError(f"{archive} holds {member.name!r}, which {why}; it was not unpacked.")
-                if member.isfile() and (match := MEMBER.fullmatch(member.name)):
-                    with tar.extractfile(member) as read, open(aside / match[1], "wb") as write:
-                        shutil.copyfileobj(read, write, 1 << 20)
-                    bar.update(member.size)
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, desc=f"unpacking {archive.name}", unit="file"):
+                name = Path(member.name).name
+                if SHARD.fullmatch(name) and member.isreg() and not member.issparse():
+                    with tar.extractfile(member) as read, open(folder / name, "xb") as write:
+                        shutil.copyfileobj(read, write)
             tar.fileobj.seek(tar.offset)  # tarfile takes a damaged header for the end; reading on checks gzip's checksum too
             while rest := tar.fileobj.read(1 << 20):
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("what follows the last readable member is damaged")
-        if not any(aside.iterdir()):
-            raise ArchiveError(f"{archive} holds no member named like data00.json; is it the story archive?")
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
-        damaged = getattr(error, "errno", None) is None  # else the system says why, a full disk say
-        hint = " If it was downloaded, delete it to have it downloaded again." if damaged else ""
-        raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}.{hint}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return sorted(folder.glob("data*.json"), key=lambda path: (len(path.name), path.name))
+        if not any(folder.iterdir()):
+            raise tarfile.ReadError("it holds no file named like data00.json")
+    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+        shutil.rmtree(folder)
+        way_out = "If it was downloaded and is damaged, delete it to have it downloaded again."
+        raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}. {way_out}") from error
+    return sorted(folder.iterdir())

@@ -6,7 +6,6 @@
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -40,21 +39,15 @@ class Sampling:
             raise ConfigError(f"top_k = {self.top_k} and max_tokens = {self.max_tokens} must not be negative.")
 
 
-def sample_numbers(prompts: list[list[int]]) -> list[int]:
+def sample_numbers(prompts: list) -> list[int]:
     """The number of each sample: how many equal prompts stand before it."""
-    seen: Counter = Counter()
-    numbers = []
-    for prompt in map(tuple, prompts):
-        numbers.append(seen[prompt])
-        seen[prompt] += 1
-    return numbers
+    return [prompts[:i].count(prompt) for i, prompt in enumerate(prompts)]
 
 
 def uniforms(prompts: list[list[int]], numbers: list[int], seed: int, length: int) -> Tensor:
     """Random numbers in [0, 1) that decide the tokens at all positions, (B, length).
 
-    Each row has a generator of its own, seeded with `seed`, the sample's number and its prompt: what else is in the batch
-    does not matter, nor does the device.
+    Each row has a generator of its own, seeded with `seed`, the sample's number and its prompt, whatever the batch and device.
     """
     rows = []
     for prompt, number in zip(prompts, numbers, strict=True):
@@ -114,31 +107,26 @@ def sample_tokens(
         logits = model(drawn[:, None], cache=cache)[:, -1]
 
 
-def complete(model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling) -> list[str]:
-    """One completion of each prompt, without the prompt and without `<|endoftext|>`."""
-    if not prompts:
-        return []
+def complete(
+    model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, numbers: list[int] | None = None
+) -> list[str]:
+    """One completion of each prompt, without the prompt and without `<|endoftext|>`; `numbers` as in `sample_tokens`."""
     encoded = [[tokenizer.eot, *tokenizer.encode(prompt)] for prompt in prompts]
-    rows = torch.stack(list(sample_tokens(model, encoded, sampling, tokenizer.eot)), 1).tolist()
-    completions = []
-    for prompt, row in zip(encoded, rows, strict=True):
-        new = [*row[len(prompt) - min(map(len, encoded)) :], tokenizer.eot]
-        completions.append(tokenizer.decode(new[: new.index(tokenizer.eot)]))
-    return completions
+    rows = torch.stack(list(sample_tokens(model, encoded, sampling, tokenizer.eot, numbers)), 1).tolist()
+    shortest = min(map(len, encoded))
+    new = [[*row[len(prompt) - shortest :], tokenizer.eot] for prompt, row in zip(encoded, rows, strict=True)]
+    return [tokenizer.decode(tokens[: tokens.index(tokenizer.eot)]) for tokens in new]
 
 
 def stream(model: LanguageModel, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> Iterator[str]:
     """The completion of `prompt`, piece by piece as it is written."""
-    encoded = [tokenizer.eot, *tokenizer.encode(prompt)]
-    new, text, shown = [], "", ""
-    for step in sample_tokens(model, [encoded], sampling, tokenizer.eot):
-        token = int(step)
-        if token == tokenizer.eot:
+    new, text, shown = [], "", 0
+    for step in sample_tokens(model, [[tokenizer.eot, *tokenizer.encode(prompt)]], sampling, tokenizer.eot):
+        if int(step) == tokenizer.eot:
             break
-        new.append(token)
+        new.append(int(step))
         text = tokenizer.decode(new)
-        if text != shown and not text.endswith("\ufffd"):  # the rest of a character's bytes may still come
-            yield text[len(shown) :]
-            shown = text
-    if text != shown:  # it did not
-        yield text[len(shown) :]
+        if not text.endswith("\ufffd"):  # the rest of a character's bytes may still come
+            yield text[shown:]
+            shown = len(text)
+    yield text[shown:]

@@ -6,7 +6,7 @@
 - SwiGLU feed-forward; input and output embeddings are one matrix
 - Initial values in one place, scaled by depth
 - Module names are those of the Llama checkpoints, so that a state dict can be loaded elsewhere as it is
-- For ablations, norm, positions and feed-forward can each be those of GPT-2 instead
+- For ablations, norm, positions and feed-forward can each be those of GPT-2
 
 Shapes: B batch, T tokens, C d_model, H query heads, K key/value heads, D head size, V vocabulary.
 """
@@ -34,8 +34,7 @@ class RMSNorm(nn.Module):
         return (self.weight * wide).to(x.dtype)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
-    return RMSNorm(config.d_model, config.norm_eps) if config.norm == "rms" else nn.LayerNorm(config.d_model, config.norm_eps)
+NORMS = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 def rotary_angles(seq_len: int, d_head: int, base: float) -> tuple[Tensor, Tensor]:
@@ -81,20 +80,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.d_model, config.n_kv_heads * config.d_head, bias=False)
         self.o_proj = nn.Linear(config.n_heads * config.d_head, config.d_model, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        mask: Tensor | None,
-        cache: KeyValueCache | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.n_heads, self.d_head).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_heads, self.d_head).transpose(1, 2)
-        if cos is not None:
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         past = 0
         if cache is not None:
             past = cache.length
@@ -112,62 +103,38 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """SwiGLU: a gated linear unit with SiLU (Shazeer 2020)."""
+    """SwiGLU: a linear unit gated by SiLU (Shazeer 2020); for ablations GPT-2's GELU, which has no gate."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.gated = config.feed_forward == "swiglu"
+        if self.gated:
+            self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class GeluFeedForward(nn.Module):
-    """The feed-forward layer of GPT-2, for ablations."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
-
-
-def dropout_bytes(config: ModelConfig, tokens: Tensor) -> Tensor:
-    """Random bytes for every dropout of one forward pass over `tokens` (B, T): (2 L + 1, B, T, C), uint8.
-
-    Drawing random numbers costs a third of a forward pass on a CPU. Here one 64-bit number serves eight elements.
-    """
-    shape = (2 * config.n_layers + 1, *tokens.shape, config.d_model)
-    words = torch.empty(-(-math.prod(shape) // 8), dtype=torch.int64, device=tokens.device)
-    return words.random_(-(2**63), None).view(torch.uint8)[: math.prod(shape)].view(shape)
-
-
-def dropped(x: Tensor, noise: Tensor | None, rate: float) -> Tensor:
-    """Dropout of x (B, T, C) where its random bytes are small (Srivastava et al. 2014); rates are multiples of 1/256."""
-    if noise is None:
-        return x
-    limit = round(256 * rate)
-    return x * (noise >= limit) * (256 / (256 - limit))
+        up = self.up_proj(x)
+        return self.down_proj(F.silu(self.gate_proj(x)) * up if self.gated else F.gelu(up, approximate="tanh"))
 
 
 class Block(nn.Module):
+    """Attention and feed-forward, each behind a norm and added to the residual stream."""
+
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        norm = NORMS[config.norm]
         self.self_attn = Attention(config, layer)
-        self.mlp = FeedForward(config) if config.feed_forward == "swiglu" else GeluFeedForward(config)
-        self.input_layernorm = make_norm(config)
-        self.post_attention_layernorm = make_norm(config)
-        self.dropout = config.dropout
+        self.mlp = FeedForward(config)
+        self.input_layernorm = norm(config.d_model, config.norm_eps)
+        self.post_attention_layernorm = norm(config.d_model, config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, noise: tuple[Tensor | None, Tensor | None] = (None, None)) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         y = self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         # Under autocast y is bfloat16, and so is the residual stream from here on: half the memory traffic at the same loss.
-        x = x.to(y.dtype) + dropped(y, noise[0], self.dropout)
-        return x + dropped(self.mlp(self.post_attention_layernorm(x)), noise[1], self.dropout)
+        x = x.to(y.dtype) + self.dropout(y)
+        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
 class LanguageModel(nn.Module):
@@ -176,16 +143,15 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig, seed: int | None = None):
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.d_model),
-                "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layers)),
-                "norm": make_norm(config),
-            }
-        )
+        self.model = nn.ModuleDict()
+        self.model["embed_tokens"] = nn.Embedding(config.vocab_size, config.d_model)
+        self.model["layers"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.model["norm"] = NORMS[config.norm](config.d_model, config.norm_eps)
         if config.position == "learned":
             self.model["embed_positions"] = nn.Embedding(config.seq_len, config.d_model)
         cos, sin = rotary_angles(config.seq_len, config.d_head, config.rope_base)
+        if config.position == "learned":
+            cos, sin = torch.ones_like(cos), torch.zeros_like(sin)  # no rotation
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         if self.cos.device.type != "meta":
@@ -207,41 +173,32 @@ class LanguageModel(nn.Module):
         targets: Tensor | None = None,
         cache: KeyValueCache | None = None,
         stories: Tensor | None = None,
-        noise: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V) in float32 for `tokens` (B, T); with `targets` (B, T), the mean cross-entropy in nats.
 
         Targets of -100 are passed over. With a cache, `tokens` continue what it holds. With `stories` (B, T), numbers of
-        the story that a token belongs to, no token sees another story. `noise` are the bytes that decide what dropout drops
-        (drawn here if not given). Raises ValueError beyond `seq_len`.
+        the story that a token belongs to, no token sees another story. Raises ValueError beyond `seq_len`.
         """
-        past = cache.length if cache is not None else 0
-        T = tokens.shape[1]
+        past, T = cache.length if cache is not None else 0, tokens.shape[1]
         if past + T > self.config.seq_len:
             raise ValueError(f"{past + T} tokens do not fit into the model's context of {self.config.seq_len}.")
-        cos = sin = mask = None
         x = self.model["embed_tokens"](tokens)  # (B, T, C)
-        if self.config.position == "rope":
-            cos, sin = self.cos[past : past + T], self.sin[past : past + T]  # (T, D)
-        else:
+        if self.config.position == "learned":
             x = x + self.model["embed_positions"].weight[past : past + T]
+        mask = None
         if stories is not None:
             # Made once, read by all layers. On a GPU the flash kernel takes no mask; the memory-efficient one does (since
             # PyTorch 2.1), and the heads share it by a stride of 0; where T is no multiple of 8 it is copied. In eager
             # mode each layer writes it anew as numbers in the type of the queries, 2 B T^2 bytes in bfloat16.
             same = stories[:, :, None] == stories[:, None, :]
             mask = (same & torch.ones(T, T, dtype=torch.bool, device=x.device).tril())[:, None]  # (B, 1, T, T)
-        if self.training and self.config.dropout:
-            noise = dropout_bytes(self.config, tokens) if noise is None else noise
-            x = dropped(x, noise[-1], self.config.dropout)
-        for i, block in enumerate(self.model["layers"]):
-            x = block(x, cos, sin, mask, cache, (None, None) if noise is None else (noise[2 * i], noise[2 * i + 1]))
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.model["layers"]:
+            x = block(x, self.cos[past : past + T], self.sin[past : past + T], mask, cache)
         if cache is not None:
             cache.length += T
         logits = F.linear(self.model["norm"](x), self.model["embed_tokens"].weight).float()  # (B, T, V)
-        if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @property
     def device(self) -> torch.device:
@@ -255,9 +212,9 @@ class Distilled(nn.Module):
         super().__init__()
         self.student, self.teachers, self.weight = student, nn.ModuleList(teachers).requires_grad_(False), weight
 
-    def forward(self, tokens: Tensor, targets: Tensor, stories: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, targets: Tensor, stories: Tensor | None = None) -> Tensor:
         """The cross-entropy in nats: 1 - weight of that with `targets`, weight of that with the teachers' mean."""
-        logits = self.student(tokens, stories=stories, noise=noise)
+        logits = self.student(tokens, stories=stories)
         with torch.no_grad():
             taught = sum(teacher(tokens, stories=stories).softmax(-1) for teacher in self.teachers) / len(self.teachers)
         scored = (targets >= 0).float()

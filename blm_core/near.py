@@ -37,19 +37,16 @@ class NearDuplicates:
     """An index of fixed texts that answers whether another text is a near-duplicate of one of them."""
 
     def __init__(self, texts, threshold: float):
-        self.threshold = threshold
-        self.sets = [shingles(text) for text in texts]
-        known, counts = np.unique(np.concatenate([*self.sets, np.empty(0, np.uint64)]), return_counts=True)
-        picked, owners = [], []
-        for owner, own in enumerate(self.sets):
+        self.threshold, self.sets = threshold, [shingles(text) for text in texts]
+        picked = [np.empty(0, np.uint64)]
+        known, counts = np.unique(np.concatenate(picked + self.sets), return_counts=True)
+        for own in self.sets:
             size = len(own) - math.ceil(threshold * len(own)) + 1
             rarest = np.argsort(counts[np.searchsorted(known, own)], kind="stable")[:size]
             picked.append(own[rarest])
-            owners.append(np.full(len(picked[-1]), owner, dtype=np.int32))
-        picked = np.concatenate([*picked, np.empty(0, np.uint64)])
-        order = np.argsort(picked, kind="stable")
-        self.index = picked[order]
-        self.owners = np.concatenate([*owners, np.empty(0, np.int32)])[order]
+        owners = np.repeat(np.arange(len(picked)) - 1, list(map(len, picked)))
+        order = np.argsort(np.concatenate(picked), kind="stable")
+        self.index, self.owners = np.concatenate(picked)[order], owners[order]
 
     def match(self, text: str) -> int | None:
         """The position of an indexed text that `text` is a near-duplicate of, or None."""

@@ -64,22 +64,20 @@ class Muon(torch.optim.Optimizer):
 
 def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon and AdamW, or AdamW alone; matrices decay, gains and biases of the norms do not."""
-    matrices = [w for w in model.parameters() if w.ndim == 2]
-    in_blocks = {id(w) for name, w in model.named_parameters() if ".layers." in name and w.ndim == 2}
-    hidden = [w for w in matrices if id(w) in in_blocks] if config.optimizer == "muon" else []
-    groups = [
-        {"params": [w for w in matrices if not (hidden and id(w) in in_blocks)], "weight_decay": config.weight_decay},
-        {"params": [w for w in model.parameters() if w.ndim < 2], "weight_decay": 0.0},
-    ]
+    muon = config.optimizer == "muon"
+    blocks = [w for name, w in model.named_parameters() if muon and ".layers." in name and w.ndim == 2]
+    in_blocks = set(map(id, blocks))
+    rest = [w for w in model.parameters() if id(w) not in in_blocks]
     adamw = torch.optim.AdamW(
-        groups,
+        [
+            {"params": [w for w in rest if w.ndim == 2], "weight_decay": config.weight_decay},
+            {"params": [w for w in rest if w.ndim < 2], "weight_decay": 0.0},
+        ],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
-        fused=matrices[0].device.type == "cuda",  # PyTorch 2.1 refuses it on the CPU
+        fused=rest[0].device.type == "cuda",  # PyTorch 2.1 refuses it on the CPU
     )
-    if not hidden:
-        return [adamw]
-    return [Muon(hidden, config.learning_rate, config.momentum, config.weight_decay), adamw]
+    return [Muon(blocks, config.learning_rate, config.momentum, config.weight_decay), adamw] if blocks else [adamw]
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -93,13 +91,12 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of `step` (from 0): linear warm-up, then cosine, or stable and linear decay ("wsd")."""
-    floor = config.final_learning_rate
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "cosine":
-        done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-        share = floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+        done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+        left = 0.5 * (1 + math.cos(math.pi * done))
     else:
-        left = (config.steps - step) / (config.decay_share * config.steps)
-        share = floor + (1 - floor) * min(1.0, left)
-    return config.learning_rate * share
+        left = min(1.0, (config.steps - step) / (config.decay_share * config.steps))
+    floor = config.final_learning_rate
+    return config.learning_rate * (floor + (1 - floor) * left)

@@ -1,14 +1,12 @@
 """The training loop and its log.
 
 - bfloat16 autocast over float32 master weights, gradient accumulation, clipping, one process or many (DDP)
-- Whole stories in a window; a moving average of the weights is kept where asked for, and is then the model
 - Everything random in a step follows from (seed, step, rank), so a run continued from a checkpoint repeats itself
 - A run is a folder: `config.json`, `metrics.jsonl`, `checkpoint.pt`, and when it has finished `model/` and
   `summary.json`, by which it is found and not repeated
 """
 
 import contextlib
-import copy
 import json
 import math
 import os
@@ -28,77 +26,16 @@ from tqdm import tqdm
 
 from blm_core.checkpoint import llama_config, load_model, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset, to_dict
-from blm_core.evaluate import ratio_interval, story_bits
+from blm_core.evaluate import score
 from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, written_aside
 from blm_core.hardware import PowerSampler, device_name, memory, mfu, precision, resolve_dtype
-from blm_core.model import Distilled, LanguageModel, dropout_bytes, flops_per_token
+from blm_core.model import Distilled, LanguageModel, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers, restore
 from blm_core.tokenizer import Tokenizer
 from blm_core.tokens import NOT_SCORED, Batches, TokenStories
 
-
-class RunLog:
-    """`metrics.jsonl`, and tensorboard or wandb where asked for. Lines after the checkpoint are dropped on a restart."""
-
-    def __init__(self, folder: Path, step: int, preset: Preset):
-        path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        # a line that a kill cut in half belongs to a step that is repeated
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        with written_aside(path) as aside:
-            aside.write_text("".join(line + "\n" for line in kept))
-        self._board = self._wandb = None
-        if preset.train.tensorboard:
-            with _needed("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-        if preset.train.wandb:
-            with _needed("wandb"):
-                import wandb
-
-            # Every preset's run lies in a folder of the name `run`: the identity and the whole path tell runs apart.
-            where = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
-            run_id = f"{preset.name}-{text_sha256(where)[:8]}"
-            self._wandb = wandb.init(project="blm", dir=str(folder), name=run_id, id=run_id, resume="allow")
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-
-    def write(self, **values) -> None:
-        self._file.write(json.dumps(values) + "\n")
-        numbers = {k: v for k, v in values.items() if v is not None and k != "step"}
-        if self._board:
-            for name, value in numbers.items():
-                self._board.add_scalar(name, value, values["step"])
-        if self._wandb:
-            self._wandb.log(numbers, step=values["step"])
-
-    def close(self) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-
-
-@contextlib.contextmanager
-def _needed(package: str):
-    """Raises ConfigError that names `package` where an import in the block fails."""
-    try:
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"train.{package}=true cannot be followed: {error}. Install the package {package}, or leave the setting out."
-        ) from error
-
-
-def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
-    """The lines of `metrics.jsonl`: those of training, those of validation."""
-    lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
-    return [x for x in lines if "loss" in x], [x for x in lines if "validation_bits_per_byte" in x]
-
-
 # What changes speed or display and not the result; a run may be continued with other values of these.
-FREE = ("micro_batch_size", "device", "compile", "checkpoint_minutes", "tensorboard", "wandb")
+FREE = ("micro_batch_size", "device", "compile", "checkpoint_minutes", "wandb")
 
 
 class RunError(RuntimeError):
@@ -107,6 +44,47 @@ class RunError(RuntimeError):
 
 class DivergedError(RunError):
     """A run whose loss is no longer finite."""
+
+
+class RunLog:
+    """`metrics.jsonl`, and wandb where asked for. Lines after the checkpoint are dropped on a restart."""
+
+    def __init__(self, folder: Path, step: int, preset: Preset):
+        path = folder / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # a line that a kill cut in half belongs to a step that is repeated
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        with written_aside(path) as aside:
+            aside.write_text("".join(line + "\n" for line in kept))
+        self._wandb = _wandb_run(folder, preset) if preset.train.wandb else None
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
+
+    def write(self, **values) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        if self._wandb:
+            self._wandb.log({k: v for k, v in values.items() if v is not None}, step=values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(folder: Path, preset: Preset):
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"train.wandb=true: {error}. Install the package wandb, or leave the setting out.") from error
+    # Every preset's run lies in a folder of the name `run`: the identity and the whole path tell runs apart.
+    where = f"{folder.resolve()} {(folder / 'config.json').read_text()}"
+    run_id = f"{preset.name}-{text_sha256(where)[:8]}"
+    return wandb.init(project="blm", dir=str(folder), name=run_id, id=run_id, resume="allow")
+
+
+def metrics(folder: Path) -> tuple[list[dict], list[dict]]:
+    """The lines of `metrics.jsonl`: those of training, those of validation."""
+    lines = list(read_json_lines(Path(folder) / "metrics.jsonl"))
+    return [x for x in lines if "loss" in x], [x for x in lines if "validation_bits_per_byte" in x]
 
 
 @dataclass(frozen=True)
@@ -120,6 +98,14 @@ class Processes:
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is set in any process; all of them have to ask at the same step."""
+        if self.world_size == 1:
+            return flag
+        flags = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return bool(flags)
 
 
 @contextlib.contextmanager
@@ -137,58 +123,6 @@ def _processes(device: str):
     finally:
         if world_size > 1:
             dist.destroy_process_group()
-
-
-def train(
-    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool = True, teachers: Sequence[Path] = ()
-) -> dict:
-    """Train `preset`'s model on the encoded stories in `tokens`; returns the run's summary, made now or found.
-
-    `teachers` are the folders of finished runs whose mean prediction it learns from, `train.teacher_weight` of the loss.
-    Without `keep_model` only the text files of the finished run stay: configuration, metrics and summary.
-    Raises RunError where `folder` holds another configuration's run, DivergedError where the loss is not finite, and
-    CheckpointError, before the first step, where the model is one that cannot be kept.
-    """
-    folder = Path(folder)
-    if keep_model:
-        llama_config(preset.model, tokenizer.eot)
-    identity = _identity(preset, tokens, tokenizer, teachers)
-    _claim(folder, identity)
-    summary = read_json(folder / "summary.json")
-    if summary:
-        return summary
-    with _processes(preset.train.device) as processes, _interruption() as signals:
-        return _run(preset, tokens, tokenizer, folder, teachers, keep_model, processes, signals)
-
-
-def _identity(preset: Preset, tokens: Path, tokenizer: Tokenizer, teachers: Sequence[Path]) -> dict:
-    """What the result of the run depends on."""
-    manifest = read_json(Path(tokens) / "manifest.json")
-    if manifest is None:
-        raise RunError(f"{tokens} holds no encoded stories; run 01_data and 02_tokenizer first.")
-    train_config = {k: v for k, v in to_dict(preset.train).items() if k not in FREE}
-    data = {"tokenizer": tokenizer.hash, "tokens": manifest["tokens"], "bytes": manifest["bytes"]}
-    taught = {"teachers": [sha256(folder / "summary.json") for folder in teachers]} if teachers else {}
-    return json.loads(json.dumps({"model": to_dict(preset.model), "train": train_config, "data": data | taught}))
-
-
-def _claim(folder: Path, identity: dict) -> None:
-    """Make `folder` this run's, or find that it is. Raises RunError naming what differs."""
-    found = read_json(folder / "config.json")
-    if found is None:
-        if int(os.environ.get("RANK", 0)) == 0:
-            write_json(folder / "config.json", identity)
-        return
-    if found != identity:
-        differs = [
-            f"{part}.{key}: {found.get(part, {}).get(key)!r} there, {identity[part].get(key)!r} here"
-            for part in identity
-            for key in sorted({*found.get(part, {}), *identity[part]})
-            if found.get(part, {}).get(key) != identity[part].get(key)
-        ]
-        raise RunError(
-            f"{folder} holds a run of another configuration ({'; '.join(differs)}). Name another folder or remove it."
-        )
 
 
 @contextlib.contextmanager
@@ -211,38 +145,79 @@ def _interruption():
             signal.signal(number, handler)
 
 
+def train(
+    preset: Preset, tokens: Path, tokenizer: Tokenizer, folder: Path, keep_model: bool = True, teachers: Sequence[Path] = ()
+) -> dict:
+    """Train `preset`'s model on the encoded stories in `tokens`; returns the run's summary, made now or found.
+
+    `teachers` are the folders of finished runs whose mean prediction it learns from, `train.teacher_weight` of the loss.
+    Without `keep_model` only the text files of the finished run stay: configuration, metrics and summary.
+    Raises RunError where `folder` holds another configuration's run, DivergedError where the loss is not finite, and
+    CheckpointError, before the first step, where the model is one that cannot be kept.
+    """
+    folder = Path(folder)
+    if keep_model:
+        llama_config(preset.model, tokenizer.eot)
+    _claim(folder, _identity(preset, tokens, tokenizer, teachers))
+    if summary := read_json(folder / "summary.json"):
+        return summary
+    with _processes(preset.train.device) as here, _interruption() as signals:
+        return _run(preset, tokens, tokenizer, folder, keep_model, teachers, here, signals)
+
+
+def _identity(preset: Preset, tokens: Path, tokenizer: Tokenizer, teachers: Sequence[Path]) -> dict:
+    """What the result of the run depends on."""
+    manifest = read_json(Path(tokens) / "manifest.json")
+    if manifest is None:
+        raise RunError(f"{tokens} holds no encoded stories; run 01_data and 02_tokenizer first.")
+    train_config = {k: v for k, v in to_dict(preset.train).items() if k not in FREE}
+    data = {"tokenizer": tokenizer.hash, "tokens": manifest["tokens"], "bytes": manifest["bytes"]}
+    if teachers:
+        data["teachers"] = [sha256(teacher / "summary.json") for teacher in teachers]
+    return {"model": to_dict(preset.model), "train": train_config, "data": data}
+
+
+def _claim(folder: Path, identity: dict) -> None:
+    """Make `folder` this run's, or find that it is. Raises RunError naming what differs."""
+    found = read_json(folder / "config.json")
+    if found is None:
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_json(folder / "config.json", identity)
+        return
+    differs = [
+        f"{part}.{key}: {found[part].get(key)!r} there, {identity[part].get(key)!r} here"
+        for part in identity
+        for key in sorted({*found[part], *identity[part]})
+        if found[part].get(key) != identity[part].get(key)
+    ]
+    if differs:
+        differences = "; ".join(differs)
+        raise RunError(f"{folder} holds a run of another configuration ({differences}). Name another folder or remove it.")
+
+
 class Run:
     """What a run has come to: all that a checkpoint holds."""
 
     def __init__(self, preset: Preset, device: torch.device):
-        config = preset.train
-        self.model = LanguageModel(preset.model, config.seed).to(device).train()
-        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.weight_average else self.model
-        self.optimizers = make_optimizers(self.model, config)
+        self.model = LanguageModel(preset.model, preset.train.seed).to(device).train()
+        self.optimizers = make_optimizers(self.model, preset.train)
         self.step, self.seconds = 0, 0.0
         self.pending: list[tuple] = []  # loss and gradient norm of the steps since the last log line
         self.stretches: list[dict] = []  # from which step on, with what precision, device and PyTorch
 
     def load(self, path: Path) -> None:
         state = load_state(path)
-        if not state:
-            return
-        self.model.load_state_dict(state["model"])
-        if self.average is not self.model:
-            self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            restore(optimizer, saved)
-        self.step, self.seconds, self.stretches = state["step"], state["seconds"], state.get("stretches", [])
-        self.pending = [tuple(pair) for pair in state["pending"]]
+        if state:
+            self.model.load_state_dict(state["model"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                restore(optimizer, saved)
+            self.step, self.seconds, self.stretches = state["step"], state["seconds"], state["stretches"]
+            self.pending = [tuple(pair) for pair in state["pending"]]
 
     def save(self, path: Path) -> None:
-        state = {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict() if self.average is not self.model else None,
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        kept = ("step", "seconds", "pending", "stretches")
-        save_state(path, state | {name: getattr(self, name) for name in kept})
+        state = {name: getattr(self, name) for name in ("step", "seconds", "pending", "stretches")}
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        save_state(path, state | {"model": self.model.state_dict()})
 
 
 def _run(
@@ -250,12 +225,12 @@ def _run(
     tokens: Path,
     tokenizer: Tokenizer,
     folder: Path,
-    teachers: Sequence[Path],
     keep_model: bool,
+    teachers: Sequence[Path],
     here: Processes,
     signals: list,
 ) -> dict:
-    config, device = preset.train, here.device
+    config, device, checkpoint = preset.train, here.device, folder / "checkpoint.pt"
     if config.batch_size % (config.micro_batch_size * here.world_size):
         raise ConfigError(
             f"train.batch_size = {config.batch_size} cannot be shared by {here.world_size} processes with micro-batches of "
@@ -263,13 +238,14 @@ def _run(
         )
     stories = TokenStories(tokens, "train")
     batches = Batches(stories, preset.model.seq_len, config.batch_size, config.seed, config.max_stories)
-    validation = _validation(tokens, tokenizer, config.eval_stories)
+    split = "official" if len(TokenStories(tokens, "official")) else "validation"
+    held_out = TokenStories(tokens, split)
+    watched = [tokenizer.decode(held_out[i].tolist()) for i in range(min(config.eval_stories, len(held_out)))]
     if here.first:
         for left in folder.glob(".*.tmp"):  # by a process that was killed while it wrote
             left.unlink()
     run = Run(preset, device)
-    run.load(folder / "checkpoint.pt")
-    _require_same_step(run.step, folder, here)
+    run.load(checkpoint)
     used = {"device": device_name(device), "dtype": resolve_dtype(device, config.dtype), "processes": here.world_size}
     run.stretches.append({"from_step": run.step, **used, "torch": str(torch.__version__)})
     loss_of = run.model
@@ -282,23 +258,17 @@ def _run(
 
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(contextlib.closing(RunLog(folder, run.step, preset))) if here.first else None
-        sampler = stack.enter_context(contextlib.closing(PowerSampler(device)))
+        power = stack.enter_context(contextlib.closing(PowerSampler(device)))
         data = batches.prefetched(range(run.step, config.steps), here.rank, here.world_size)
         stack.enter_context(contextlib.closing(data))
         bar = tqdm(total=config.steps, initial=run.step, desc=f"training {preset.name}", unit="step", disable=not here.first)
         stack.enter_context(bar)
-        clock = time.perf_counter
-        began, seconds = clock(), run.seconds
-        saved = logged = ended = began
-        logged_step, waited, paused = run.step, 0.0, 0.0  # paused: in evaluations and saves, which are no training
+        began = since = saved = time.perf_counter()  # since: of the last log line, moved on by evaluations and saves
+        seconds, logged_step = run.seconds, run.step
         for batch in data:
-            waited += clock() - ended
             torch.manual_seed((config.seed * 1_000_003 + run.step) * 4096 + here.rank)  # dropout
             lr = learning_rate(run.step, config)
             run.pending.append(_step(loss_of, run.model, run.optimizers, batch, lr, config, here))
-            if run.average is not run.model:
-                weights = list(run.average.parameters()), list(run.model.parameters())
-                torch._foreach_lerp_(*weights, 1 - config.weight_average)
             run.step += 1
             bar.update()
             last = run.step == config.steps
@@ -306,49 +276,47 @@ def _run(
             stopping = False
             if at_log or at_eval or (signals and here.world_size == 1):
                 run.pending = [(float(loss), float(norm)) for loss, norm in run.pending]  # waits for the device
-                _require_finite(run.pending, run.step, preset, folder)
-                stopping = _any(bool(signals), here)  # a signal reaches the processes at different steps
+                _require_finite(run.pending, run.step, preset, checkpoint)
+                stopping = here.any(bool(signals))  # a signal reaches the processes at different steps
+            paused = time.perf_counter()
             if at_log:
-                span = clock() - logged - paused
-                rate = (run.step - logged_step) * preset.tokens_per_step / span
+                rate = (run.step - logged_step) * preset.tokens_per_step / (paused - since)
+                loss = sum(loss for loss, _ in run.pending) / len(run.pending)
                 if here.first:
-                    mean_loss = sum(loss for loss, _ in run.pending) / len(run.pending)
                     log.write(
                         step=run.step,
                         tokens=run.step * preset.tokens_per_step,
-                        loss=mean_loss,
+                        loss=loss,
                         learning_rate=lr,
                         gradient_norm=run.pending[-1][1],
                         tokens_per_second=round(rate),
-                        data_share=round(waited / span, 4),
                         mfu=mfu(rate * flops_per_token(preset.model) / here.world_size, device),
-                        power_w=sampler.watts(),
+                        power_w=power.watts(),
                         memory_gb=memory(device),
                     )
-                    bar.set_postfix(loss=f"{mean_loss:.3f}", tokens_per_second=f"{rate:,.0f}")
-                run.pending, logged, logged_step, waited, paused = [], clock(), run.step, 0.0, 0.0
-            pause = clock()
+                bar.set_postfix(loss=f"{loss:.3f}", tokens_per_second=f"{rate:,.0f}")
+                run.pending, since, logged_step = [], paused, run.step
             if here.first and at_eval:
-                value, low, high = _validate(run.average, validation, config.dtype)
-                at = {"step": run.step, "tokens": run.step * preset.tokens_per_step}
-                log.write(**at, validation_bits_per_byte=value, low=low, high=high)
+                with precision(device, config.dtype):
+                    found, *_ = score(run.model.eval(), tokenizer, watched)
                 run.model.train()
-            run.seconds = seconds + clock() - began
-            due = at_log and clock() - saved > 60 * config.checkpoint_minutes
+                value = {"validation_bits_per_byte": found.bits_per_byte, "low": found.low, "high": found.high}
+                log.write(step=run.step, tokens=run.step * preset.tokens_per_step, **value)
+            run.seconds = seconds + time.perf_counter() - began
+            due = at_log and time.perf_counter() - saved > 60 * config.checkpoint_minutes
             if here.first and (due or stopping or last):
-                run.save(folder / "checkpoint.pt")
-                saved = clock()
-            ended = clock()
-            paused += ended - pause
+                run.save(checkpoint)
+                saved = time.perf_counter()
+            since += time.perf_counter() - paused
             if stopping and not last:
-                where = f"after step {run.step}; {folder / 'checkpoint.pt'} continues from there."
+                where = f"after step {run.step}; {checkpoint} continues from there."
                 if signal.SIGINT in signals:
                     raise KeyboardInterrupt(f"stopped by Ctrl-C {where}")
                 raise SystemExit(f"stopped by SIGTERM {where}")
     if not here.first:
         return {}
     if keep_model:
-        save_model(folder / "model", run.average, tokenizer)
+        save_model(folder / "model", run.model, tokenizer)
     training, evaluated = metrics(folder)
     summary = {
         "steps": run.step,
@@ -358,7 +326,7 @@ def _run(
         "seconds": round(run.seconds, 1),
         "loss": training[-1]["loss"],
         "validation_bits_per_byte": evaluated[-1]["validation_bits_per_byte"],
-        "validation_split": validation[2],
+        "validation_split": split,
         **used,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -366,36 +334,12 @@ def _run(
     }
     write_json(folder / "summary.json", summary)
     if not keep_model:
-        (folder / "checkpoint.pt").unlink()
+        checkpoint.unlink()
     return summary
-
-
-def _require_same_step(step: int, folder: Path, here: Processes) -> None:
-    """Raises RunError where processes found different checkpoints, as on machines that do not share a disk."""
-    if here.world_size > 1:
-        first = torch.tensor([step], device=here.device)
-        dist.broadcast(first, 0)
-        if _any(int(first) != step, here):
-            raise RunError(
-                f"process {here.rank} found step {step} in {folder}, and not all others did: every process of a run has to "
-                "see the same folder. Put it on a disk that all machines share."
-            )
-
-
-def _any(flag: bool, here: Processes) -> bool:
-    """Whether `flag` is set in any process; all of them have to ask at the same step."""
-    if here.world_size == 1:
-        return flag
-    flags = torch.tensor([int(flag)], device=here.device)
-    dist.all_reduce(flags, dist.ReduceOp.MAX)
-    return bool(flags)
 
 
 def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
     """One optimizer step over the micro-batches of `batch`; the mean loss and the gradient's norm, still on the device."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr
     scored = (batch[:, 1] != NOT_SCORED).sum()
     if here.device.type == "cuda":
         batch = batch.pin_memory().to(here.device, non_blocking=True)
@@ -406,12 +350,10 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
     total = torch.zeros((), device=here.device)
     for i, part in enumerate(parts):
         last = i + 1 == len(parts)
-        sync = contextlib.nullcontext() if last or here.world_size == 1 else loss_of.no_sync()
-        with sync:
+        with contextlib.nullcontext() if last or here.world_size == 1 else loss_of.no_sync():
             inputs, targets, stories = part.unbind(1)
-            noise = dropout_bytes(model.config, inputs) if model.config.dropout else None  # outside of the compiled graph
             with precision(here.device, config.dtype):
-                loss = loss_of(inputs, targets, stories=stories if config.isolate_stories else None, noise=noise)
+                loss = loss_of(inputs, targets, stories=stories if config.isolate_stories else None)
             # The mean over all tokens of the step, however padding falls on micro-batches and processes.
             loss = loss * (targets != NOT_SCORED).sum() / scored
             (loss * here.world_size).backward()  # DDP averages gradients over the processes
@@ -420,6 +362,8 @@ def _step(loss_of, model, optimizers, batch, lr, config, here: Processes):
         dist.all_reduce(total)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return total, norm
@@ -432,8 +376,7 @@ def _compiled(model: torch.nn.Module, preset: Preset, device: torch.device):
         inputs, targets, stories = batch.unbind(1)  # laid out as in a step: else the first step would compile again
         compiled = torch.compile(model)
         with precision(device, preset.train.dtype):
-            noise = dropout_bytes(preset.model, inputs) if preset.model.dropout else None
-            compiled(inputs, targets, stories=stories if preset.train.isolate_stories else None, noise=noise).backward()
+            compiled(inputs, targets, stories=stories if preset.train.isolate_stories else None).backward()
     except Exception as error:  # a missing compiler shows as one of many kinds
         if device.type != "cpu":  # to train on eagerly would cost half of a rented machine's time, unseen
             raise RunError(
@@ -446,30 +389,11 @@ def _compiled(model: torch.nn.Module, preset: Preset, device: torch.device):
     return compiled
 
 
-def _require_finite(pending: list[tuple[float, float]], step: int, preset: Preset, folder: Path) -> None:
-    for i, (loss, norm) in enumerate(pending):
+def _require_finite(pending: list[tuple[float, float]], step: int, preset: Preset, checkpoint: Path) -> None:
+    for bad, (loss, norm) in enumerate(pending, step - len(pending)):
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            bad = step - len(pending) + i
-            kept = folder / "checkpoint.pt"
             raise DivergedError(
                 f"loss {loss} and gradient norm {norm} in step {bad + 1} at learning rate "
-                f"{learning_rate(bad, preset.train):.2e}; last good checkpoint: {kept if kept.exists() else 'none yet'}. "
-                "Lower train.learning_rate or raise train.warmup_steps."
+                f"{learning_rate(bad, preset.train):.2e}; last good checkpoint: "
+                f"{checkpoint if checkpoint.exists() else 'none yet'}. Lower train.learning_rate or raise train.warmup_steps."
             )
-
-
-def _validation(tokens: Path, tokenizer: Tokenizer, count: int):
-    """Token arrays, sizes in bytes and name of the stories validated on: official ones where there are some."""
-    split = "official" if len(TokenStories(tokens, "official")) else "validation"
-    stories = TokenStories(tokens, split)
-    chosen = [stories[i] for i in range(min(count, len(stories)))]
-    sizes = [len(tokenizer.decode(story.tolist()).encode()) for story in chosen]
-    return chosen, torch.tensor(sizes).numpy(), split
-
-
-@torch.no_grad()
-def _validate(model: LanguageModel, validation, dtype: str) -> tuple[float, float, float]:
-    stories, sizes, _ = validation
-    with precision(model.device, dtype):
-        bits = story_bits(model.eval(), stories, model.config.seq_len, model.device)
-    return ratio_interval(bits, sizes, resamples=1000)

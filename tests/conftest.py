@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -73,7 +72,7 @@ def with_quota():
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.server.asked.append({"path": self.path, "at": time.monotonic(), **{k.lower(): v for k, v in self.headers.items()}})
+        self.server.asked.append({"path": self.path, **{k.lower(): v for k, v in self.headers.items()}})
         answers = self.server.answers
         with contextlib.suppress(ConnectionError):
             answers[min(len(self.server.asked), len(answers)) - 1](self)

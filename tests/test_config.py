@@ -39,14 +39,12 @@ def test_values_are_read_as_the_type_that_they_replace():
             "train.learning_rate=1e-2",
             "train.compile=true",
             "tokenizer.sweep=400,500",
-            "data.sources=GPT-4,GPT-3.5",
             "data.validation_file=a=b.txt",
             " samples = 3 ",
         ],
     )
     assert (preset.train.steps, preset.train.learning_rate, preset.train.compile) == (30, 0.01, True)
     assert preset.tokenizer.sweep == (400, 500)
-    assert preset.data.sources == ("GPT-4", "GPT-3.5")
     assert preset.data.validation_file == "a=b.txt"
     assert preset.samples == 3
 

@@ -19,7 +19,7 @@ from blm_core.config import ModelConfig, TrainConfig
 from blm_core.evaluate import story_bits
 from blm_core.evidence import inside
 from blm_core.generate import Sampling, sample_tokens
-from blm_core.model import LanguageModel, dropout_bytes
+from blm_core.model import LanguageModel
 from blm_core.optimizer import make_optimizers
 
 LIBRARY = Path(torch.__file__).parent / "lib" / "libc10.so"
@@ -71,7 +71,7 @@ def fake_model(fake, device=CUDA, **changes) -> LanguageModel:
 
 def loss_of(model: LanguageModel) -> torch.Tensor:
     inputs, targets, stories = torch.zeros(4, 3, 32, dtype=torch.int64, device=model.device).unbind(1)
-    return model(inputs, targets, stories=stories, noise=dropout_bytes(model.config, inputs))
+    return model(inputs, targets, stories=stories)
 
 
 def test_fake_tensors_refuse_to_mix_devices(fake):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -17,12 +18,11 @@ import pytest
 import torch
 
 from blm_core import config, pipeline, train
-from blm_core.checkpoint import CheckpointError, load_model, load_state, read_tensors, save_model, save_state
+from blm_core.checkpoint import CheckpointError, load_model, load_state, save_model, save_state
 from blm_core.config import ConfigError, Preset
 from blm_core.files import read_json, write_json
-from blm_core.hardware import resolve_dtype
-from blm_core.model import Distilled, LanguageModel
-from blm_core.optimizer import learning_rate, make_optimizers
+from blm_core.model import LanguageModel
+from blm_core.optimizer import learning_rate
 from blm_core.train import DivergedError, RunError
 
 TINY = [
@@ -30,16 +30,16 @@ TINY = [
     *("train.steps=12", "train.batch_size=8", "train.micro_batch_size=8", "train.warmup_steps=3", "train.dtype=float32"),
     *("train.log_every=2", "train.eval_every=6", "train.eval_stories=2"),
 ]
-EVERYTHING = ["model.dropout=0.2", "train.weight_average=0.8", "train.optimizer=muon", "train.micro_batch_size=4"]
+EVERYTHING = ["model.dropout=0.2", "train.micro_batch_size=4"]
 ABLATION = ["model.norm=layer", "model.position=learned", "model.feed_forward=gelu"]
-MEASURED = ("tokens_per_second", "data_share", "memory_gb", "power_w", "mfu")  # differ from run to run
+MEASURED = ("tokens_per_second", "memory_gb", "power_w", "mfu")  # differ from run to run
 
 
 def tiny(smoke: Preset, *settings: str) -> Preset:
     return config.override(smoke, [*TINY, *settings])
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def run(smoke, tokenizer):
     """Train the tiny model with some settings in a folder."""
 
@@ -47,6 +47,19 @@ def run(smoke, tokenizer):
         return train.train(tiny(smoke, *settings), smoke.folder / "tokens", tokenizer, folder, keep_model)
 
     return carry_out
+
+
+@pytest.fixture(scope="module")
+def whole(run, tmp_path_factory):
+    """The folder of a run with some settings that nothing interrupted, made once."""
+
+    @functools.cache
+    def made(*settings: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        run(folder, *settings)
+        return folder
+
+    return made
 
 
 def curve(folder: Path) -> list[dict]:
@@ -95,7 +108,6 @@ def test_a_run_writes_metrics_a_model_and_a_summary(run, smoke, tmp_path):
         assert line["learning_rate"] == learning_rate(line["step"] - 1, tiny(smoke).train)
         assert line["gradient_norm"] > 0
         assert line["tokens_per_second"] > 0
-        assert 0 <= line["data_share"] <= 1
         assert line["memory_gb"] > 0
         if not torch.cuda.is_available():
             assert line["mfu"] is None  # nobody states a processor's peak
@@ -113,17 +125,13 @@ def test_a_run_writes_metrics_a_model_and_a_summary(run, smoke, tmp_path):
     assert model.config == tiny(smoke).model
 
 
-def test_the_loss_curve_is_the_same_whatever_the_micro_batch(run, tmp_path):
-    for size in (8, 4, 1):
-        run(tmp_path / str(size), f"train.micro_batch_size={size}")
-    for size in (4, 1):
-        assert losses(tmp_path / str(size)) == pytest.approx(losses(tmp_path / "8"), rel=1e-5)
-        assert curve(tmp_path / str(size))[-1] == pytest.approx(curve(tmp_path / "8")[-1], rel=1e-4)
+@pytest.mark.parametrize("size", [4, 1])
+def test_the_loss_curve_is_the_same_whatever_the_micro_batch(whole, size):
+    assert losses(whole(f"train.micro_batch_size={size}")) == pytest.approx(losses(whole()), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [(), ABLATION], ids=["llama", "gpt2"])
-def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, smoke, settings, tmp_path):
-    settings = [*settings, "train.micro_batch_size=2", "train.steps=1", "train.log_every=1", "train.warmup_steps=0"]
+def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, smoke, tmp_path):
+    settings = ["train.micro_batch_size=2", "train.steps=1", "train.log_every=1", "train.warmup_steps=0"]
     preset = tiny(smoke, *settings)
     run(tmp_path, *settings, keep_model=False)
     stories = train.TokenStories(smoke.folder / "tokens", "train")
@@ -137,40 +145,14 @@ def test_the_gradient_is_that_of_the_mean_loss_over_all_tokens_of_a_step(run, sm
     assert line["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
-def test_the_weight_average_is_the_one_computed_by_hand_and_is_the_model(run, smoke, tmp_path):
-    run(tmp_path / "average", "train.weight_average=0.8", "train.steps=4", "train.warmup_steps=1")
-    preset = tiny(smoke, "train.steps=4", "train.warmup_steps=1")
-    batches = train.Batches(train.TokenStories(smoke.folder / "tokens", "train"), 32, 8, preset.train.seed)
-    model = LanguageModel(preset.model, preset.train.seed)
-    average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
-    optimizers = make_optimizers(model, preset.train)
-    for step in range(4):
-        inputs, targets, _ = batches.batch(step).unbind(1)
-        model(inputs, targets).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), preset.train.max_grad_norm)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, preset.train)
-            optimizer.step()
-            optimizer.zero_grad()
-        for name, weight in model.named_parameters():
-            average[name] = 0.8 * average[name] + 0.2 * weight.detach()
-    state = load_state(tmp_path / "average" / "checkpoint.pt")
-    for name, weight in model.named_parameters():
-        torch.testing.assert_close(state["average"][name], average[name], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(state["model"][name], weight.detach(), atol=1e-5, rtol=1e-4)
-    saved = read_tensors(tmp_path / "average" / "model" / "model.safetensors")
-    assert all(saved[name].equal(state["average"][name].bfloat16()) for name in average)
-
-
 @pytest.mark.parametrize(
     "setting", ["train.dtype=bfloat16", "train.isolate_stories=true", "train.schedule=wsd", "train.optimizer=adamw"]
 )
-def test_other_ways_to_train_learn_too(run, setting, tmp_path):
-    run(tmp_path, setting)
-    assert losses(tmp_path)[-1] < losses(tmp_path)[0]
-    state = load_state(tmp_path / "checkpoint.pt")
-    assert {weight.dtype for weight in state["model"].values()} == {torch.float32}
+def test_other_ways_to_train_learn_too(whole, setting):
+    found = losses(whole(setting))
+    assert found[-1] < found[0]
+    weights = load_state(whole(setting) / "checkpoint.pt")["model"].values()
+    assert {weight.dtype for weight in weights} == {torch.float32}
 
 
 def test_an_ablation_is_trained_without_its_model_and_refused_before_the_first_step_with_it(run, smoke, tokenizer, tmp_path):
@@ -185,102 +167,73 @@ def test_an_ablation_is_trained_without_its_model_and_refused_before_the_first_s
         save_model(tmp_path / "model", LanguageModel(tiny(smoke, *ABLATION).model), tokenizer)
 
 
-def test_a_finished_run_is_loaded_and_not_repeated(run, tmp_path):
-    summary = run(tmp_path)
-    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
-    assert run(tmp_path) == summary
-    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()} == before
+def test_a_finished_run_is_loaded_and_not_repeated(run, whole):
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole().rglob("*") if path.is_file()}
+    assert run(whole()) == read_json(whole() / "summary.json")
+    assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in whole().rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(
-    ("setting", "named"),
-    [
-        ("train.seed=7", r"train\.seed: 1 there, 7 here"),
-        ("model.d_ff=48", r"model\.d_ff: 32 there, 48 here"),
-        ("train.optimizer=adamw", r"train\.optimizer: 'muon' there, 'adamw' here"),
-    ],
-)
-def test_another_configuration_in_the_same_folder_is_refused_by_what_differs(run, setting, named, tmp_path):
-    interrupted(run, tmp_path, step=1)
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(RunError, match=named):
-        run(tmp_path, setting)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_other_stories_in_the_same_folder_are_refused(run, smoke, tokenizer, tmp_path):
-    interrupted(run, tmp_path / "run", step=1)
+def test_another_configuration_or_other_stories_in_the_same_folder_are_refused_by_what_differs(run, smoke, tokenizer, tmp_path):
+    folder = tmp_path / "run"
+    interrupted(run, folder, step=1)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(RunError, match=r"model\.d_ff: 32 there, 48 here; train\.optimizer: 'muon' there, 'adamw' here"):
+        run(folder, "train.optimizer=adamw", "model.d_ff=48")
     shutil.copytree(smoke.folder / "tokens", tmp_path / "tokens")
     manifest = read_json(tmp_path / "tokens" / "manifest.json")
     manifest["tokens"]["train"] += 1
     write_json(tmp_path / "tokens" / "manifest.json", manifest)
     with pytest.raises(RunError, match=r"data\.tokens"):
-        train.train(tiny(smoke), tmp_path / "tokens", tokenizer, tmp_path / "run")
-
-
-def test_a_run_without_stories_says_what_to_run_first(smoke, tokenizer, tmp_path):
+        train.train(tiny(smoke), tmp_path / "tokens", tokenizer, folder)
     with pytest.raises(RunError, match="02_tokenizer"):
-        train.train(tiny(smoke), tmp_path, tokenizer, tmp_path / "run")
+        train.train(tiny(smoke), tmp_path / "none", tokenizer, folder)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, tmp_path):
-    run(tmp_path / "whole")
-    interrupted(run, tmp_path / "parts", step=5)
-    run(tmp_path / "parts", "train.micro_batch_size=2", "train.checkpoint_minutes=0", "train.device=cpu")
-    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
+def test_what_does_not_change_the_result_may_change_when_a_run_goes_on(run, whole, tmp_path):
+    interrupted(run, tmp_path, step=5)
+    run(tmp_path, "train.micro_batch_size=2", "train.checkpoint_minutes=0", "train.device=cpu")
+    assert losses(tmp_path) == pytest.approx(losses(whole()), rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 5, 6], ids=["first step", "between two log lines", "step of a log line"])
-def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, step, tmp_path):
-    run(tmp_path / "whole", *EVERYTHING)
-    handler = signal.getsignal(signal.SIGTERM)
+def test_sigterm_saves_and_says_where_and_the_run_goes_on_bit_for_bit(run, whole, step, tmp_path):
+    handler, checkpoint = signal.getsignal(signal.SIGTERM), tmp_path / "checkpoint.pt"
     with signal_in_step(step), pytest.raises(SystemExit) as stopped:
-        run(tmp_path / "parts", *EVERYTHING)
-    assert str(stopped.value) == (
-        f"stopped by SIGTERM after step {step}; {tmp_path / 'parts' / 'checkpoint.pt'} continues from there."
-    )
+        run(tmp_path, *EVERYTHING)
+    assert str(stopped.value) == f"stopped by SIGTERM after step {step}; {checkpoint} continues from there."
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert load_state(tmp_path / "parts" / "checkpoint.pt")["step"] == step
-    assert not (tmp_path / "parts" / "summary.json").exists()
-    run(tmp_path / "parts", *EVERYTHING)
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
-    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert load_state(checkpoint)["step"] == step
+    summary = run(tmp_path, *EVERYTHING)
+    assert curve(tmp_path) == curve(whole(*EVERYTHING))
+    assert weights(tmp_path) == weights(whole(*EVERYTHING))
+    assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, step]
+    for stretch in summary["stretches"]:  # what each part of the run was computed with
+        found = (stretch["device"], stretch["torch"], stretch["dtype"])
+        assert found == (summary["device"], torch.__version__, "float32")
 
 
-def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, tmp_path):
-    handler = signal.getsignal(signal.SIGINT)
-    run(tmp_path / "whole")
+def test_ctrl_c_saves_like_sigterm_and_the_run_goes_on_bit_for_bit(run, whole, tmp_path):
     with signal_in_step(5, signal.SIGINT), pytest.raises(KeyboardInterrupt, match="stopped by Ctrl-C after step 5"):
-        run(tmp_path / "parts")
-    assert signal.getsignal(signal.SIGINT) == handler
-    run(tmp_path / "parts")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+        run(tmp_path)
+    run(tmp_path)
+    assert curve(tmp_path) == curve(whole())
 
 
-def test_each_stretch_of_a_run_says_what_it_was_computed_with(run, tmp_path):
-    interrupted(run, tmp_path, "train.dtype=auto", step=5)
-    summary = run(tmp_path, "train.dtype=auto")
-    assert [stretch["from_step"] for stretch in summary["stretches"]] == [0, 5]
-    for stretch in summary["stretches"]:
-        assert stretch["dtype"] == resolve_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "auto")
-        assert (stretch["device"], stretch["torch"]) == (summary["device"], torch.__version__)
-
-
-def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, tmp_path):
-    run(tmp_path / "whole", "train.device=cpu")
-    interrupted(run, tmp_path / "parts", "train.device=cpu", step=5)
-    path = tmp_path / "parts" / "checkpoint.pt"
+def test_a_checkpoint_of_a_gpu_goes_on_without_its_fused_kernel(run, whole, tmp_path):
+    interrupted(run, tmp_path, "train.device=cpu", step=5)
+    path = tmp_path / "checkpoint.pt"
     state = load_state(path)
     for group in state["optimizers"][-1]["param_groups"]:
         group["fused"] = True  # as AdamW writes it on CUDA
     save_state(path, state)
-    run(tmp_path / "parts", "train.device=cpu")
-    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    run(tmp_path, "train.device=cpu")
+    assert curve(tmp_path) == curve(whole("train.device=cpu"))
     assert not any(group["fused"] for group in load_state(path)["optimizers"][-1]["param_groups"])
 
 
 def test_speed_is_that_of_training_also_after_an_evaluation_between_two_log_lines(run, tmp_path, monkeypatch):
-    step, validate, seconds = train._step, train._validate, []
+    step, score, seconds = train._step, train.score, []
 
     def slow_step(*args):
         began = time.perf_counter()
@@ -289,12 +242,12 @@ def test_speed_is_that_of_training_also_after_an_evaluation_between_two_log_line
         seconds.append(time.perf_counter() - began)
         return result
 
-    def slow_validate(*args):
+    def slow_score(*args):
         time.sleep(0.5)
-        return validate(*args)
+        return score(*args)
 
     monkeypatch.setattr(train, "_step", slow_step)
-    monkeypatch.setattr(train, "_validate", slow_validate)
+    monkeypatch.setattr(train, "score", slow_score)
     run(tmp_path, "train.log_every=4", "train.eval_every=3")
     for number, line in enumerate(train.metrics(tmp_path)[0]):
         fastest = 4 * 8 * 32 / sum(seconds[4 * number : 4 * number + 4])
@@ -306,24 +259,50 @@ def test_sigterm_in_the_last_step_lets_the_run_finish(run, tmp_path):
         assert run(tmp_path)["steps"] == 12
 
 
-KILLED = """
-import itertools, json, os, signal, sys, time
+PREPARED = """
+import itertools, json, os, signal, sys, threading, warnings
 from pathlib import Path
 import torch
-from blm_core import config, pipeline, train
+from blm_core import config, train
 from blm_core.tokenizer import Tokenizer
 
 folder, tokens, vocabulary, settings = sys.argv[1:]
 torch.set_num_threads(1)
-preset = config.override(config.load("smoke"), json.loads(settings))
-folder, tokenizer = Path(folder), Tokenizer(Path(vocabulary))
+preset, tokenizer = config.override(config.load("smoke"), json.loads(settings)), Tokenizer(Path(vocabulary))
+
+def run(folder):
+    train.train(preset, Path(tokens), tokenizer, Path(folder))
+"""
+
+
+@pytest.fixture
+def process(smoke, tokenizer, tmp_path):
+    """Carry out code in a process of its own, or in two as torchrun starts them: `run(folder)` trains there."""
+
+    def carry_out(code: str, folder: Path, *settings: str, two: bool = False, **environment: str):
+        script, command = tmp_path / "script.py", [sys.executable]
+        script.write_text(PREPARED + code)
+        if two:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            command += ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += [script, folder, smoke.folder / "tokens", tokenizer.path, json.dumps([*TINY, *settings])]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT), **environment}
+        return subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+
+    return carry_out
+
+
+KILLED = """
 weight = torch.nn.Parameter(torch.zeros(2))
 weight.grad = torch.zeros(2)
 torch.optim.AdamW([weight], fused=False).step()  # what PyTorch imports at the first step is imported once, before the forks
 results = open(os.dup(1), "w", buffering=1)
 
-def child(target, file_event):
-    # Dies at its `file_event`-th opening, renaming or removing of a file of the run, or, where that is None, not by itself.
+def outcome(name, file_event=0):
+    # of a run that dies at its `file_event`-th opening, renaming or removing of one of its files
+    target = Path(folder) / name
     pid = os.fork()
     if pid == 0:
         count = itertools.count(1)
@@ -331,61 +310,37 @@ def child(target, file_event):
             if event in ("open", "os.rename", "os.remove") and str(target) in str(args) and next(count) == file_event:
                 os.kill(os.getpid(), signal.SIGKILL)
         sys.addaudithook(watch)
-        train.train(preset, Path(tokens), tokenizer, target)
+        run(target)
         os._exit(0)
-    return pid
-
-def outcome(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-began = time.perf_counter()
-print(json.dumps(["whole", outcome(child(folder / "whole", None))]), file=results)
-seconds = time.perf_counter() - began
+print(outcome("whole"), file=results)
 for file_event in itertools.count(1):
-    code = outcome(child(folder / "files", file_event))
-    print(json.dumps(["files", code]), file=results)
+    code = outcome("killed", file_event)
+    print(code, file=results)
     if code == 0:
         break
-for share in (0.1, 0.4, 0.7, 0.9, 0.5, 0.8):
-    pid = child(folder / "times", None)
-    time.sleep(share * seconds)
-    os.kill(pid, signal.SIGKILL)
-    print(json.dumps(["times", outcome(pid)]), file=results)
-print(json.dumps(["times", outcome(child(folder / "times", None))]), file=results)
 """
 
 
-def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(smoke, tokenizer, tmp_path):
-    settings = [*TINY, *EVERYTHING, "train.checkpoint_minutes=0"]
-    arguments = [str(tmp_path), str(smoke.folder / "tokens"), str(tokenizer.path), json.dumps(settings)]
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, timeout=1200)
+def test_a_run_killed_at_any_moment_repeats_the_loss_curve_bit_for_bit(process, tmp_path):
+    done = process(KILLED, tmp_path, *EVERYTHING, "train.checkpoint_minutes=0")
     assert done.returncode == 0, done.stderr
-    outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    by_file = [code for name, code in outcomes if name == "files"]
-    assert set(by_file[:-1]) == {-signal.SIGKILL}  # at every change to a file of the run, one after the other
-    assert len(by_file) > 10
-    assert -signal.SIGKILL in [code for name, code in outcomes if name == "times"]
-    assert outcomes[-1] == ["times", 0]
-    for name in ("files", "times"):
-        assert curve(tmp_path / name) == curve(tmp_path / "whole")
-        assert weights(tmp_path / name) == weights(tmp_path / "whole")
-        assert not list((tmp_path / name).glob(".*.tmp"))
+    whole, *killed, last = map(int, done.stdout.split())
+    assert (whole, last) == (0, 0)
+    assert set(killed) == {-signal.SIGKILL}  # at every change to a file of the run, one after the other
+    assert len(killed) > 10
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    assert not list((tmp_path / "killed").glob(".*.tmp"))
 
 
-SHARED = """
-import json, os, signal, sys, threading
-from pathlib import Path
-import torch
-from blm_core import config, pipeline, train
-from blm_core.tokenizer import Tokenizer
-
-folder, tokens, vocabulary, settings, stop_in = sys.argv[1:]
-torch.set_num_threads(1)
+STOPPED_IN_STEP_3 = """
 real, calls = train._step, []
 
 def step(*args):
     calls.append(None)
-    if len(calls) == int(stop_in) and os.environ["RANK"] == "0":
+    if len(calls) == 3 and os.environ["RANK"] == "0":
         handler, arrived = signal.getsignal(signal.SIGTERM), threading.Event()
         signal.signal(signal.SIGTERM, lambda *signalled: (handler(*signalled), arrived.set()))
         os.kill(os.getppid(), signal.SIGTERM)  # torchrun hands it on to every process, whatever its step
@@ -393,42 +348,18 @@ def step(*args):
     return real(*args)
 
 train._step = step
-preset = config.override(config.load("smoke"), json.loads(settings))
-train.train(preset, Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
+run(folder)
 """
 
 
-@pytest.fixture
-def torchrun(smoke, tokenizer, tmp_path):
-    """Run two processes on this machine, as torchrun does; `stop_in` is a step in which torchrun gets SIGTERM."""
-
-    def launch(folder: Path, *settings: str, stop_in: int = 0) -> subprocess.CompletedProcess:
-        script = tmp_path / "shared.py"
-        script.write_text(SHARED)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-        places = [folder, smoke.folder / "tokens", tokenizer.path]
-        return subprocess.run(
-            [*command, f"--master-port={port}", script, *places, json.dumps([*TINY, *settings]), str(stop_in)],
-            capture_output=True,
-            text=True,
-            timeout=1200,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(config.ROOT)},
-        )
-
-    return launch
-
-
-def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in_between(run, torchrun, tmp_path):
-    settings = ["train.weight_average=0.8", "train.micro_batch_size=2"]
+def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in_between(run, process, tmp_path):
+    settings = ["train.micro_batch_size=2"]
     run(tmp_path / "one", *settings)
-    stopped = torchrun(tmp_path / "two", *settings, stop_in=3)
+    stopped = process(STOPPED_IN_STEP_3, tmp_path / "two", *settings, two=True)
     assert stopped.returncode != 0
     assert f"{tmp_path / 'two' / 'checkpoint.pt'} continues from there" in stopped.stderr
     assert 2 < load_state(tmp_path / "two" / "checkpoint.pt")["step"] < 12
-    finished = torchrun(tmp_path / "two", *settings)
+    finished = process("run(folder)", tmp_path / "two", *settings, two=True)
     assert finished.returncode == 0, finished.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
@@ -439,7 +370,7 @@ def test_two_processes_give_the_loss_curve_of_one_though_sigterm_stopped_them_in
 def test_micro_batches_that_do_not_divide_the_share_of_a_process_are_refused(smoke, tokenizer, tmp_path):
     here = train.Processes(rank=0, world_size=2, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="2 processes with micro-batches of 8"):
-        train._run(tiny(smoke), smoke.folder / "tokens", tokenizer, tmp_path, (), True, here, [])
+        train._run(tiny(smoke), smoke.folder / "tokens", tokenizer, tmp_path, True, (), here, [])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_checkpoint(run, tmp_path):
@@ -455,8 +386,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_step_rate_and_checkpoint(r
     assert all("NaN" not in line for line in (tmp_path / "early" / "metrics.jsonl").read_text().splitlines())
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_there_is_room(run, small_disk, tmp_path):
-    run(tmp_path / "whole")
+def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_there_is_room(run, whole, small_disk):
     interrupted(run, small_disk / "run", step=5)
     checkpoint = small_disk / "run" / "checkpoint.pt"
     before = checkpoint.read_bytes()
@@ -468,7 +398,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_goes_on_when_th
     assert not list(checkpoint.parent.glob(".*.tmp"))
     filler.unlink()
     run(small_disk / "run")
-    assert curve(small_disk / "run") == curve(tmp_path / "whole")
+    assert curve(small_disk / "run") == curve(whole())
 
 
 def test_what_a_killed_process_left_behind_is_removed(run, tmp_path):
@@ -489,27 +419,12 @@ def test_a_checkpoint_that_is_not_one_is_refused_and_not_overwritten(run, tmp_pa
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"no checkpoint"
 
 
-TRAINED = """
-import sys, warnings
-from pathlib import Path
-from blm_core import config, pipeline, train
-from blm_core.tokenizer import Tokenizer
-
-folder, tokens, vocabulary, *settings = sys.argv[1:]
-warnings.simplefilter("always")
-train.train(config.override(config.load("smoke"), settings), Path(tokens), Tokenizer(Path(vocabulary)), Path(folder))
-"""
-
-
 @pytest.mark.skipif(torch.__version__ < "2.2", reason="PyTorch 2.1 takes minutes to notice that there is no compiler")
-def test_without_a_compiler_training_warns_and_goes_on(run, smoke, tokenizer, tmp_path):
-    run(tmp_path / "plain", "train.steps=2", "train.warmup_steps=0", "train.device=cpu")
-    places = [str(tmp_path / "compiled"), str(smoke.folder / "tokens"), str(tokenizer.path)]
-    settings = [*TINY, "train.steps=2", "train.warmup_steps=0", "train.compile=true", "train.device=cpu"]
+def test_without_a_compiler_training_warns_and_goes_on(run, process, tmp_path):
+    settings = ["train.steps=2", "train.warmup_steps=0", "train.device=cpu"]
+    run(tmp_path / "plain", *settings)
     without = {"CXX": "/no/compiler", "CC": "/no/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = subprocess.run(
-        [sys.executable, "-c", TRAINED, *places, *settings], capture_output=True, text=True, env={**os.environ, **without}
-    )
+    done = process("run(folder)", tmp_path / "compiled", *settings, "train.compile=true", **without)
     assert done.returncode == 0, done.stderr
     assert "torch.compile does not work here, training goes on without it" in done.stderr
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
@@ -545,40 +460,14 @@ def test_wandb_has_a_run_of_its_own_for_every_run_of_this_project(run, tmp_path,
     assert all(b"validation_bits_per_byte" in path.read_bytes() for path in files)
 
 
-@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_asked_for_and_not_installed_is_named(run, package, tmp_path):
-    with contextlib.suppress(ImportError):
-        __import__(package)
-        pytest.skip(f"{package} is installed")
-    with pytest.raises(ConfigError, match=rf"train\.{package}=true cannot be followed.*Install the package {package}"):
-        run(tmp_path, f"train.{package}=true")
+def test_a_tracker_that_is_asked_for_and_not_installed_is_named(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ImportError
+    with pytest.raises(ConfigError, match=r"train\.wandb=true.*Install the package wandb"):
+        run(tmp_path, "train.wandb=true")
     assert run(tmp_path)["steps"] == 12
 
 
-def test_trackers_are_not_imported_unless_asked_for(smoke, tokenizer, tmp_path):
-    places = [str(tmp_path / "run"), str(smoke.folder / "tokens"), str(tokenizer.path)]
-    code = TRAINED + "assert not {'wandb', 'torch.utils.tensorboard'} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, *places, *TINY], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 # ---- Teachers
-
-
-def test_the_loss_of_a_taught_model_is_that_of_the_text_and_of_its_teachers_mean_prediction(smoke):
-    preset = tiny(smoke).model
-    student, *teachers = (LanguageModel(preset, seed).eval() for seed in (1, 2, 3))
-    tokens = torch.randint(preset.vocab_size, (2, 9), generator=torch.Generator().manual_seed(4))
-    inputs, targets = tokens[:, :-1], tokens[:, 1:].clone()
-    targets[0, 5:] = -100  # padding
-    mean = (teachers[0](inputs).softmax(-1) + teachers[1](inputs).softmax(-1)) / 2
-    towards = -(mean * student(inputs).log_softmax(-1)).sum(-1)[targets >= 0].mean()
-    wanted = 0.25 * student(inputs, targets) + 0.75 * towards
-    taught = Distilled(student, teachers, 0.75)
-    assert torch.allclose(taught(inputs, targets), wanted, rtol=1e-5)
-    taught(inputs, targets).backward()
-    assert all(w.grad is not None for w in student.parameters())
-    assert all(w.grad is None for teacher in teachers for w in teacher.parameters())
 
 
 def test_teachers_are_trained_first_and_a_finished_run_asks_for_none_of_their_weights(smoke, tmp_path, monkeypatch):

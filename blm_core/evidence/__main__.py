@@ -4,8 +4,6 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 from blm_core.__main__ import carry_out, command_line, preset_of, sampling_arguments, sampling_of
 from blm_core.config import ROOT, ConfigError
 from blm_core.data import read_stories
@@ -55,7 +53,6 @@ def main(arguments: list[str] | None = None) -> int:
 
     for sub in (record, score):
         sub.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
-        sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of transformers' weights")
     for sub in (gguf, cost, judge):
         sub.add_argument("--model", type=Path, default=ROOT / "release", help="folder of our model (default: release/)")
     for sub in (record, score, cost):
@@ -99,14 +96,14 @@ def _rehearse(args) -> None:
 
 def _record(args) -> None:
     prompts = models.read_prompts(args.prompts)
-    model = models.load(args.model, args.device, getattr(torch, args.dtype))
+    model = models.load(args.model, args.device)
     lines = models.record(model, prompts, args.out, sampling_of(args), args.samples)
     print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}")
 
 
 def _score(args) -> None:
     stories = read_stories(args.text, args.normalise)
-    model = models.load(args.model, args.device, getattr(torch, args.dtype))
+    model = models.load(args.model, args.device)
     sizes = [len(story.encode()) for story in stories]
     value, low, high = ratio_interval(models.score_stories(model, stories, args.out), sizes)
     print(f"{len(stories):,} stories, {value:.4f} bits per byte [{low:.4f}, {high:.4f}] 95 % bootstrap")
