@@ -28,13 +28,8 @@ def main(arguments: list[str] | None = None) -> int:
     bench.add_argument("--presets", help="with commas between them (default: cpu, on a GPU a100)")
     bench.add_argument("--out", type=Path, help="default: runs/bench/DEVICE.json")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes; the figures are rough")
-    rehearse = command(
-        "rehearse", _rehearse, "Prepare what is missing, then plan a long run from ten minutes of it.", preset=True
-    )
-    rehearse.add_argument("--steps", type=int, default=200, help="of each of three learning rates")
+    rehearse = command("rehearse", _rehearse, "Plan a long run from ten minutes of it, into runs/bench/.", preset=True)
     rehearse.add_argument("--price-per-hour", type=float, default=2.0)
-    rehearse.add_argument("--out", type=Path, help="where to write the figures (default: runs/bench/rehearsal-DEVICE.json)")
-
     record = command("record", _record, "Write a model's completions of prompts to a JSON-lines file; continues a broken one.")
     record.add_argument("--prompts", default="own", help='"own", or a JSON file like ours')
     record.add_argument("--samples", type=int, default=3, help="completions of each prompt")
@@ -42,23 +37,19 @@ def main(arguments: list[str] | None = None) -> int:
     score = command("score", _score, "Write bits of every story under a model to a JSON-lines file; continues a broken one.")
     score.add_argument("--text", type=Path, required=True, help="stories with <|endoftext|> between them")
     score.add_argument("--normalise", action="store_true", help="fold typography and white space first")
-    score.add_argument("--stories", type=int, help="only the first so many")
     cost = command("cost", _cost, "Measure size and speed of a model and its opponent by turns; minutes with GPT2-XL.")
-    cost.add_argument("--opponent", help="folder or hub name for transformers (default: BLM_GPT2XL, else gpt2-xl)")
-    cost.add_argument(
-        "--random", action="store_true", help="instead of an opponent, GPT2-XL's architecture with random weights"
-    )
+    cost.add_argument("--opponent", help="folder or hub name (default: BLM_GPT2XL, else GPT2-XL's shape with random weights)")
 
     judge = command("judge", _judge, "Blind ratings: write sheets, let a server answer them, take the answers in.")
     judge.add_argument("folder", type=Path, help="of the sheets; answers lie in its folder answers/")
     way = judge.add_mutually_exclusive_group(required=True)
-    way.add_argument("--make", action="store_true", help="write the sheets, and key, rubric and our texts to --evidence")
+    way.add_argument("--make", action="store_true", help="write the sheets, and key and our texts to --evidence")
     way.add_argument("--endpoint", action="store_true", help="ask BLM_JUDGE_URL for BLM_JUDGE_MODEL; key in BLM_JUDGE_KEY")
     way.add_argument("--import", action="store_true", dest="take", help="take whole answers into --evidence")
     judge.add_argument("--evidence", type=Path, default=ROOT / "runs" / "evidence", help="default: runs/evidence/")
     judge.add_argument("--valid", type=Path, help="real stories, the official validation file, for --make")
-    judge.add_argument("--rater", default="", help="who answered, for --import")
-    judge.add_argument("--date", default="", help="of the answers, for --import")
+    judge.add_argument("--rater", help="who answered, for --import")
+    judge.add_argument("--date", help="of the answers, for --import")
 
     for sub in (record, score):
         sub.add_argument("--model", required=True, help="folder of a model, or what transformers loads by that name")
@@ -92,56 +83,51 @@ def _export(args) -> None:
 def _bench(args) -> None:
     names = args.presets.split(",") if args.presets else None
     result = speed.bench(names, args.device, args.quick)
-    path = speed.save(result, args.out)
     for table in (speed.training_table(result), speed.ratio_table(result)):
         print(f"{publish.markdown_table(*table)}\n")
-    print(f"written to {path}")
+    print(f"written to {speed.save(result, args.out)}")
 
 
 def _rehearse(args) -> None:
-    result = rehearsal.rehearse(preset_of(args), args.device, args.steps)
+    result = rehearsal.rehearse(preset_of(args), args.device)
     print(rehearsal.plan(result, args.price_per_hour))
-    print(f"\nwritten to {speed.save(result, args.out)}")
+    print(f"\nwritten to {speed.save(result)}")
 
 
 def _record(args) -> None:
-    if args.samples < 1:
-        raise ConfigError(f"--samples {args.samples} must be at least 1.")
-    sampling, prompts = sampling_of(args), models.read_prompts(args.prompts)
+    prompts = models.read_prompts(args.prompts)
     model = models.load(args.model, args.device)
-    lines = models.record(model, prompts, args.out, sampling, args.samples)
+    lines = models.record(model, prompts, args.out, sampling_of(args), args.samples)
     print(f"{args.out}: {len(lines)} completions of {len(prompts)} prompts by {model.name}")
 
 
 def _score(args) -> None:
-    stories = read_stories(args.text, args.normalise)[: args.stories]
+    stories = read_stories(args.text, args.normalise)
     model = models.load(args.model, args.device)
     sizes = [len(story.encode()) for story in stories]
     value, low, high = ratio_interval(models.score_stories(model, stories, args.out), sizes)
-    print(f"{len(stories):,} stories, {sum(sizes):,} bytes")
-    print(f"{value:.4f} bits per byte [{low:.4f}, {high:.4f}] 95 % bootstrap")
+    print(f"{len(stories):,} stories, {value:.4f} bits per byte [{low:.4f}, {high:.4f}] 95 % bootstrap")
 
 
 def _cost(args) -> None:
-    opponent = models.GPT2_XL if args.random else args.opponent or os.environ.get("BLM_GPT2XL") or "gpt2-xl"
+    opponent = args.opponent or os.environ.get("BLM_GPT2XL") or models.GPT2_XL
     result = speed.measure_cost(args.model, opponent, args.device)
     write_json(args.out, result)
     print(publish.markdown_table(*speed.ratio_table(result)))
 
 
-def _judge(args) -> int:
+def _judge(args) -> None:
     for name in ("valid",) if args.make else ("rater", "date") if args.take else ():
         if not getattr(args, name):
             raise ConfigError(f"--{name} must be given too.")
     if args.make:
         if not os.environ.get("BLM_RECORDED"):
             raise ConfigError("BLM_RECORDED must name the folder of other models' recorded texts.")
-        print(ratings.make(args.model, Path(os.environ["BLM_RECORDED"]), args.valid, args.folder, args.evidence))
-        return 0
-    left = ratings.take_in(args.folder, args.evidence, args.rater, args.date) if args.take else ratings.ask(args.folder)
-    for sheet, why in left.items():
-        print(f"{sheet}: {why}", file=sys.stderr)
-    return int(bool(left))
+        ratings.make(args.model, Path(os.environ["BLM_RECORDED"]), args.valid, args.folder, args.evidence)
+    elif args.take:
+        ratings.take_in(args.folder, args.evidence, args.rater, args.date)
+    else:
+        ratings.ask(args.folder)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ import contextlib
 import math
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
@@ -26,16 +28,15 @@ from blm_core.model import LanguageModel, rotate
 from blm_core.tokenizer import SPACE_MARK, Tokenizer
 
 CLASSES = ("names", "places", "speech")
-NAME = re.compile(r"(?<=[a-z,;] )[A-Z][a-z]+")  # capitalised where no sentence begins
-WORD = re.compile(r"[A-Za-z]+")
-QUOTE = re.compile('"')
-SPEECH = re.compile(r'"[^"\n]*"')
-BYTE = re.compile("<0x([0-9A-F]{2})>")
+# Patterns are of bytes, as tokens may be parts of a character.
+NAME = re.compile(rb"(?<=[a-z,;] )[A-Z][a-z]+")  # capitalised where no sentence begins
+WORD = re.compile(rb"[A-Za-z]+")
+SPEECH = re.compile(rb'"[^"\n]*"')
 PLACE = re.compile(
-    r"(?i)\b(?:attic|bakery|barn|beach|bedroom|bridge|cabin|castle|cave|church|city|classroom|cottage|desert|farm|field|forest"
-    r"|garage|garden|hall|harbor|hill|home|hospital|house|island|jungle|kitchen|lake|library|market|meadow|mountain|museum"
-    r"|ocean|park|path|playground|pond|pool|river|road|room|school|sea|shed|shop|stable|store|street|tower|town|village|woods"
-    r"|yard|zoo)(?:e?s)?\b"
+    rb"(?i)\b(?:attic|bakery|barn|beach|bedroom|bridge|cabin|castle|cave|church|city|classroom|cottage|desert|farm|field|forest"
+    rb"|garage|garden|hall|harbor|hill|home|hospital|house|island|jungle|kitchen|lake|library|market|meadow|mountain|museum"
+    rb"|ocean|park|path|playground|pond|pool|river|road|room|school|sea|shed|shop|stable|store|street|tower|town|village|woods"
+    rb"|yard|zoo)(?:e?s)?\b"
 )
 
 
@@ -57,12 +58,12 @@ class Reading:
 
     def repeated_names(self) -> np.ndarray:
         """Which tokens write a name that the story has used before, (T,) of bool."""
-        first = [self.word[self.name == name].min(initial=len(self.tokens)) for name in range(self.name.max() + 1)]
+        first = dict(zip(self.name[::-1], self.word[::-1], strict=True))
         return np.array([n >= 0 and w > first[n] for n, w in zip(self.name, self.word, strict=True)])
 
 
 def _bytes(tokenizer: Tokenizer, token: int) -> bytes:
-    byte = BYTE.fullmatch(piece := tokenizer.piece(token))
+    byte = re.fullmatch("<0x([0-9A-F]{2})>", piece := tokenizer.piece(token))
     return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE_MARK, " ").encode()
 
 
@@ -83,21 +84,20 @@ def read(tokenizer: Tokenizer, text: str, seq_len: int) -> Reading:
     tokens = np.array([tokenizer.eot, *tokenizer.encode(text)][:seq_len])
     raw = [b"", *(_bytes(tokenizer, token) for token in tokens[1:])]
     ends = np.cumsum([len(piece) for piece in raw])
-    at = np.cumsum([0, *(len(character.encode()) for character in text)])  # first byte of every character
-    labels = np.full((5, at[-1]), -1)  # of every byte: word, name, place, quotation mark, first byte of the speech
+    text = text.encode()
+    word, name, place, quote, speech = labels = np.full((5, len(text)), -1)  # of every byte; of speech, its first byte
     names = {found: number for number, found in enumerate(sorted(set(NAME.findall(text))))}
     for number, match in enumerate(WORD.finditer(text)):
-        labels[:2, at[match.start()] : at[match.end()]] = [[number], [names.get(match[0], -1)]]
-    for row, pattern in ((2, PLACE), (3, QUOTE)):
-        for match in pattern.finditer(text):
-            labels[row, at[match.start()] : at[match.end()]] = 0
+        word[match.start() : match.end()], name[match.start() : match.end()] = number, names.get(match[0], -1)
+    for match in PLACE.finditer(text):
+        place[match.start() : match.end()] = 0
+    quote[np.frombuffer(text, np.uint8) == ord('"')] = 0
     for match in SPEECH.finditer(text):
-        labels[4, at[match.start() + 1] : at[match.end() - 1]] = at[match.start()]
-    word, name, place, quote, speech = np.array(
-        [labels[:, end - len(piece) : end].max(1, initial=-1) for piece, end in zip(raw, ends, strict=True)]
-    ).T
+        speech[match.start() + 1 : match.end() - 1] = match.start()
+    of_tokens = [labels[:, end - len(piece) : end].max(1, initial=-1) for piece, end in zip(raw, ends, strict=True)]
+    *columns, speech = np.array(of_tokens).T
     opener = np.where(speech >= 0, np.searchsorted(ends, speech, side="right"), -1)
-    return Reading(tokens, [piece.decode(errors="replace") for piece in raw], word, name, place, quote, opener)
+    return Reading(tokens, [piece.decode(errors="replace") for piece in raw], *columns, opener)
 
 
 @dataclass(frozen=True)
@@ -113,28 +113,24 @@ class Trace:
 def trace(model: LanguageModel, tokens: np.ndarray) -> Trace:
     """Run `model` on tokens (T,) and keep what is inside. Attention is computed anew from queries and keys."""
     T, config, kept = len(tokens), model.config, {}
-
-    def keep(module: torch.nn.Module, name: str, of_input: bool = False) -> RemovableHandle:
-        def hook(_module, inputs, output):
-            kept.setdefault(name, []).append((inputs[0] if of_input else output)[0])
-
-        return module.register_forward_hook(hook)
-
     with contextlib.ExitStack() as hooks:
-        hooks.enter_context(keep(model.model["layers"][0], "residual", of_input=True))
         for block in model.model["layers"]:
-            hooks.enter_context(keep(block.self_attn.q_proj, "q"))
-            hooks.enter_context(keep(block.self_attn.k_proj, "k"))
-            hooks.enter_context(keep(block.mlp.down_proj, "hidden", of_input=True))
-            hooks.enter_context(keep(block, "residual"))
+            attention = block.self_attn
+            parts = {"block": block, "q": attention.q_proj, "k": attention.k_proj, "down": block.mlp.down_proj}
+            for name, module in parts.items():
+                keep = partial(
+                    lambda seen, _module, inputs, output: seen.append((inputs[0], output)), kept.setdefault(name, [])
+                )
+                hooks.enter_context(module.register_forward_hook(keep))
         model(torch.from_numpy(tokens.astype(np.int64))[None].to(model.device))
-    q, k = (torch.stack(kept[name]).unflatten(-1, (-1, config.d_head)).transpose(1, 2) for name in "qk")  # (L, H or K, T, D)
+    before, after = ({name: torch.cat([both[i] for both in seen]) for name, seen in kept.items()} for i in (0, 1))
+    q, k = (after[name].unflatten(-1, (-1, config.d_head)).transpose(1, 2) for name in "qk")  # (L, H or K, T, D)
     if config.position == "rope":
         q, k = rotate(q, model.cos[:T], model.sin[:T]), rotate(k, model.cos[:T], model.sin[:T])
     scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).transpose(-1, -2) / config.d_head**0.5
     future = torch.ones(T, T, dtype=torch.bool, device=scores.device).triu(1)
     attention = scores.masked_fill(future, -torch.inf).softmax(-1)
-    return Trace(attention, torch.stack(kept["hidden"]), torch.stack(kept["residual"]))
+    return Trace(attention, before["down"], torch.cat([before["block"][:1], after["block"]]))
 
 
 def looks(reading: Reading) -> dict[str, np.ndarray]:
@@ -184,25 +180,20 @@ class Survey:
 
 
 def survey(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> Survey:
-    """Read each story once, up to the model's context. Raises ValueError where there is no story."""
-    if not stories:
-        raise ValueError("there is no story to read.")
-    rows, readings = [], []
-    for text in tqdm(stories, desc="reading", unit="story"):
-        reading = read(tokenizer, text, model.config.seq_len)
-        seen = trace(model, reading.tokens)
-        kinds, T = looks(reading), len(reading.tokens)
+    """Read each story once, up to the model's context."""
+    rows, readings = [], [read(tokenizer, text, model.config.seq_len) for text in stories]
+    for reading in tqdm(readings, desc="reading", unit="story"):
+        seen, kinds, T = trace(model, reading.tokens), looks(reading), len(reading.tokens)
         masks = torch.from_numpy(np.stack(list(kinds.values())))  # (kinds, T, T)
         looked = torch.einsum("lhqk,nqk->nlh", seen.attention.cpu(), masks.float())
         evenly = (masks.sum(-1) / torch.arange(1, T + 1)).sum(-1)
-        hidden = seen.hidden.transpose(0, 1).cpu()  # (T, L, F)
-        aucs = torch.stack([auc(hidden, torch.from_numpy(reading.members(name))) for name in CLASSES])
+        hidden = seen.hidden.transpose(0, 1).cpu().numpy()  # (T, L, F)
+        aucs = np.stack([auc(hidden, reading.members(name)) for name in CLASSES])
         said = lens(model, seen.residual[:, :-1]).cpu()  # (L + 1, T - 1, V)
         true = said.gather(-1, torch.from_numpy(reading.tokens[1:]).expand(len(said), -1)[..., None])
         foretold = said.argmax(-1) == said[-1].argmax(-1)
         sums = torch.stack([foretold.float().sum(-1), true.sum((-1, -2))])
-        rows.append((looked.numpy(), evenly.numpy(), masks.any(-1).sum(-1).numpy(), aucs.numpy(), sums.numpy(), T - 1))
-        readings.append(reading)
+        rows.append((looked, evenly, masks.any(-1).sum(-1), aucs, sums, T - 1))
     return Survey(tuple(kinds), readings, *(np.stack(column) for column in zip(*rows, strict=True)))
 
 
@@ -210,38 +201,35 @@ def strongest_head(found: Survey, kind: str, chosen_on: slice, reported_on: slic
     """Layer and head that look most at a kind in some of the stories, and how they do in others.
 
     That is the mean attention to the kind, over the tokens that have any to look at, and what it would be if attention were
-    spread evenly over all tokens. Raises ValueError where none of the stories reported on has such a token.
+    spread evenly over all tokens.
     """
     n = found.kinds.index(kind)
     total = found.looked[chosen_on, n].sum(0)  # (L, H)
-    layer, head = (int(i) for i in np.unravel_index(total.argmax(), total.shape))
+    layer, head = map(int, np.unravel_index(total.argmax(), total.shape))
     queries = found.queries[reported_on, n]
     value = ratio_interval(found.looked[reported_on, n, layer, head], queries)
     return layer, head, value, float(found.evenly[reported_on, n].sum() / queries.sum())
 
 
-def auc(values: Tensor, member: Tensor) -> Tensor:
-    """Chance that a token of the class has the higher value than one outside it, a tie counting half.
+def auc(values: np.ndarray, member: np.ndarray) -> np.ndarray:
+    """Chance that a token of the class has the higher value than one outside it, a tie counting half (Mann-Whitney's U).
 
     `values` (T, ...), `member` (T,) of bool; (...), nan where all tokens are of one side.
     """
-    inside, outside = values[member].flatten(1).T.contiguous(), values[~member].flatten(1).T.contiguous().sort(-1).values
-    if not inside.shape[1] or not outside.shape[1]:
-        return torch.full(values.shape[1:], math.nan)
-    wins = torch.searchsorted(outside, inside) + torch.searchsorted(outside, inside, right=True)
-    return (wins.float().mean(-1) / 2 / outside.shape[1]).view(values.shape[1:])
+    inside, pairs = member.sum(), member.sum() * (~member).sum()
+    wins = rankdata(values, axis=0)[member].sum(0) - inside * (inside + 1) / 2
+    return wins / pairs if pairs else np.full(wins.shape, np.nan)
 
 
 def clearest_neuron(found: Survey, token_class: str, chosen_on: slice, reported_on: slice) -> tuple[int, int, int, Interval]:
     """Layer, neuron, sign and AUC of the neuron that best tells a class from the rest of its story, mean over stories.
 
-    Neuron and sign are chosen on some stories, the AUC comes from others. The sign of a gated neuron is arbitrary (it
-    may change in `up_proj` and `down_proj` at once): -1 says that it answers by falling.
+    Neuron and sign are chosen on some stories, the AUC comes from others. A sign of -1 says that it answers by falling.
     """
     values = found.auc[:, CLASSES.index(token_class)]  # (S, L, F)
     has = ~np.isnan(values[:, 0, 0])
     strength = values[chosen_on][has[chosen_on]].mean(0) - 0.5
-    layer, neuron = (int(i) for i in np.unravel_index(np.abs(strength).argmax(), strength.shape))
+    layer, neuron = map(int, np.unravel_index(np.abs(strength).argmax(), strength.shape))
     sign = 1 if strength[layer, neuron] > 0 else -1
     reported = values[reported_on][has[reported_on], layer, neuron]
     return layer, neuron, sign, mean_interval(0.5 + sign * (reported - 0.5))
@@ -253,9 +241,8 @@ def spelling(found: Survey, token_class: str, learned_on: slice, reported_on: sl
     tokens, member = (np.concatenate(x) for x in zip(*((r.tokens, r.members(token_class)) for r in known), strict=True))
     size = 1 + max(int(r.tokens.max()) for r in found.readings)
     share = np.bincount(tokens, member, size) / np.bincount(tokens, minlength=size).clip(1)
-    each = [auc(torch.from_numpy(share[r.tokens, None]), torch.from_numpy(r.members(token_class))) for r in found.readings]
-    each = torch.cat(each[reported_on])
-    return mean_interval(each[~each.isnan()].numpy())
+    each = np.array([auc(share[r.tokens], r.members(token_class)) for r in found.readings[reported_on]])
+    return mean_interval(each[~np.isnan(each)])
 
 
 def switched_off(model: LanguageModel, layer: int, head: int) -> RemovableHandle:

@@ -10,7 +10,7 @@ import math
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +21,8 @@ from blm_core.checkpoint import load_model
 from blm_core.clean import normalise
 from blm_core.config import ROOT, ConfigError
 from blm_core.evaluate import Interval, difference_interval, mean_interval, paired_difference, verdict
-from blm_core.evidence.models import read_lines
 from blm_core.evidence.text import measure
-from blm_core.files import read_json, sha256, text_sha256, write_json, write_json_lines, written_aside
+from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, write_json_lines, written_aside
 from blm_core.generate import Sampling, complete
 
 BEGINNING = "Once upon a time"
@@ -48,11 +47,6 @@ DECODINGS = {
     OWN: Sampling(temperature=0.8, top_k=0, top_p=0.95, seed=1),
 }
 COHERENT = 5  # mean mark for consistency from which on a story for a small child counts
-NOTHING = Interval(math.nan, math.nan, math.nan)
-
-
-class RatingsError(ValueError):
-    """A sheet, key or answer is broken."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +63,15 @@ class Text:
         return len(self.text.split())
 
 
-def treated(text: str) -> str:
-    """One line in ASCII typography, case kept, cut after the last full stop (the whole line where there is none)."""
-    line = " ".join(normalise(text).split())
-    ends = [match.end() for match in SENTENCE_END.finditer(line)]
-    return line[: ends[-1]] if ends else line
-
-
-def cut(text: str, limit: int) -> str:
-    """`text` up to its last full stop within `limit` words, at least its first sentence."""
+def cut(text: str, limit: float = math.inf) -> str:
+    """`text` up to its last full stop within `limit` words, at least its first sentence; all of it where there is no stop."""
     ends = [match.end() for match in SENTENCE_END.finditer(text)] or [len(text)]
     return text[: max((end for end in ends if len(text[:end].split()) <= limit), default=ends[0])]
+
+
+def treated(text: str) -> str:
+    """One line in ASCII typography, case kept, cut after the last full stop."""
+    return cut(" ".join(normalise(text).split()))
 
 
 def match_lengths(texts: Sequence[Text], yardstick: Sequence[Text]) -> list[Text]:
@@ -97,10 +89,7 @@ def same_length(*texts: Text) -> tuple[Text, ...]:
 
 
 def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) -> list[dict]:
-    """Completions by the model in `release`, without the prompts: for each (arm, prompts, n) `n` of each prompt.
-
-    The arm decides the decoding; `revision` names the weights.
-    """
+    """Completions by the model in `release`: for each (arm, prompts, n) `n` of each prompt; `revision` names the weights."""
     (model, tokenizer), revision = load_model(release), sha256(release / "model.safetensors")[:16]
     found = []
     for arm, prompts, n in wanted:
@@ -113,32 +102,39 @@ def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) 
     return found
 
 
-def recorded(data: Path) -> list[dict]:
-    """Other models' recorded completions of BEGINNING."""
-    return read_lines(data / "once_upon_a_time.jsonl") + read_lines(data / "peers.jsonl")
+def recorded(data: Path, *names: str) -> list[dict]:
+    """Other models' recorded completions in the files called `names`."""
+    return [record for name in names for record in read_json_lines(data / f"{name}.jsonl")]
 
 
 def recorded_marks(data: Path) -> dict[str, dict]:
     """ChatGPT's marks for consistency and fluency, 0 to 10, of the texts of elexunix/dl2-bhw1, by the text's id."""
-    marked = [r for r in recorded(data) if r["id"].startswith("elex-") and "judge_consistency" in r]
-    return {r["id"]: {"consistency": r["judge_consistency"], "fluency": r["judge_fluency"]} for r in marked}
+    return {
+        r["id"]: {"consistency": r["judge_consistency"], "fluency": r["judge_fluency"]}
+        for r in recorded(data, "once_upon_a_time", "peers")
+        if r["id"].startswith("elex-") and "judge_consistency" in r
+    }
 
 
 def arms(data: Path, valid: Path, own: Sequence[dict]) -> dict[str, list[Text]]:
     """The six arms of measure 1, treated and cut to GPT2-XL's lengths."""
+    once = recorded(data, "once_upon_a_time", "peers")
     found = {
-        arm: [Text(r["id"], arm, treated(r["prompt"] + r["completion"])) for r in recorded(data) if r["id"].startswith(start)]
+        arm: [Text(r["id"], arm, treated(r["prompt"] + r["completion"])) for r in once if r["id"].startswith(start)]
         for arm, start in {XL: "elex-gpt2xl-", "ChatGPT": "elex-chatgpt-", "329 M peer": "elex-my-"}.items()
     }
-    stories = (treated(s) for s in valid.read_text(encoding="utf-8").split("<|endoftext|>"))
-    real = [(i, s) for i, s in enumerate(stories) if s.startswith(BEGINNING) and len(s.split()) >= SHORTEST]
-    found["real"] = [Text(f"{valid.stem}-{i}", "real", s) for i, s in real]
+    stories = [treated(story) for story in valid.read_text(encoding="utf-8").split("<|endoftext|>")]
+    found["real"] = [
+        Text(f"{valid.stem}-{i}", "real", story)
+        for i, story in enumerate(stories)
+        if story.startswith(BEGINNING) and len(story.split()) >= SHORTEST
+    ]
     for arm in DECODINGS:
-        once = [r for r in own if r["arm"] == arm and r["prompt"] == "once"]
-        found[arm] = [Text(r["id"], arm, treated(BEGINNING + r["completion"])) for r in once]
+        ours = [r for r in own if r["arm"] == arm and r["prompt"] == "once"]
+        found[arm] = [Text(r["id"], arm, treated(BEGINNING + r["completion"])) for r in ours]
     short = {arm: len(texts) for arm, texts in found.items() if len(texts) < TEXTS}
     if short:
-        raise RatingsError(f"every arm needs {TEXTS} texts, found {short}.")
+        raise ValueError(f"every arm needs {TEXTS} texts, found {short}.")
     return {arm: match_lengths(texts[:TEXTS], found[XL][:TEXTS]) for arm, texts in found.items()}
 
 
@@ -151,17 +147,9 @@ def measures(texts: dict[str, list[Text]]) -> dict[str, dict[str, list]]:
     }
 
 
-def random_pairs(ours: Sequence[Text], theirs: Sequence[Text], seed: int) -> list[tuple[Text, Text]]:
-    """Each of `theirs` with one of `ours` drawn without replacement, cut to one length; pairs under SHORTEST words fall out."""
-    shuffled = list(ours)
-    random.Random(seed).shuffle(shuffled)
-    pairs = [same_length(*pair) for pair in zip(shuffled, theirs, strict=True)]
-    return [pair for pair in pairs if min(t.n_words for t in pair) >= SHORTEST]
-
-
 def longer_openings(data: Path) -> dict[str, dict]:
     """GPT2-XL's completions of longer openings with at least SHORTEST words, by id."""
-    records = read_lines(data / "published_completions.jsonl") + read_lines(data / "published_completions_2.jsonl")
+    records = recorded(data, "published_completions", "published_completions_2")
     longer = [r for r in records if len(r["prompt"].split()) > len(BEGINNING.split()) + 2]
     return {r["id"]: r for r in longer if len(r["completion"].split()) >= SHORTEST}
 
@@ -169,17 +157,21 @@ def longer_openings(data: Path) -> dict[str, dict]:
 def ladder_prompts(data: Path) -> dict[str, dict[str, dict]]:
     """The first 40 story prompts by SHA-256, each with its records by model (TinyStories-1M, -8M, -28M)."""
     found: dict[str, dict[str, dict]] = {}
-    for r in read_lines(data / "peers.jsonl"):
+    for r in recorded(data, "peers"):
         if r["id"].startswith("tinyscalelab") and r["kind"] == "story":
             found.setdefault(r["prompt"], {}).setdefault(r["model"], r)
     whole = [prompt for prompt, by_model in found.items() if len(by_model) == len(RUNGS)]
-    return {prompt: found[prompt] for prompt in sorted(whole, key=lambda p: text_sha256(p))[:40]}
+    return {prompt: found[prompt] for prompt in sorted(whole, key=text_sha256)[:40]}
 
 
-def joined(prompt: str, completion: str) -> str:
-    """The prompt and what follows, with a space between where neither has one."""
-    glue = "" if not completion or completion[0] in " ,.;:!?'\n" or prompt[-1:].isspace() else " "
-    return prompt + glue + completion
+def on_one_prompt(prompt: str, name: str, records: Sequence[tuple[str, str, dict]]) -> tuple[Text, ...]:
+    """Prompt and completion of each (source, arm, record), all cut to one length; `name` is the prompt's id."""
+    texts = []
+    for source, arm, record in records:
+        completion = record["completion"]
+        glue = "" if prompt[-1:].isspace() or completion[:1] in " ,.;:!?'\n" else " "
+        texts.append(Text(source, arm, treated(prompt + glue + completion), name))
+    return same_length(*texts)
 
 
 def in_sheets(items: Sequence, n_sheets: int, twice: int, seed: int) -> list[list]:
@@ -194,161 +186,134 @@ def in_sheets(items: Sequence, n_sheets: int, twice: int, seed: int) -> list[lis
     return sheets
 
 
-def numbered(kind: str, sheets: Sequence[Sequence]) -> dict[str, dict]:
-    """The sheets of a set by name, each with its items by id: Texts or pairs of them. No item stands in a sheet twice."""
-    found = {}
-    for number, sheet in enumerate(sheets, 1):
-        name = f"{kind}{number:02d}"
-        if len(set(sheet)) < len(sheet):
-            raise RatingsError(f"sheet {name} holds an item twice.")
-        found[name] = {f"{name}-{i:02d}": item for i, item in enumerate(sheet, 1)}
-    return found
+def key_entry(texts: Sequence[Text]) -> dict:
+    """Whose the text or the two texts of an item are, without their words."""
+    a, *b = ({"source": t.source, "arm": t.arm, "words": t.n_words, "sha256": text_sha256(t.text)[:16]} for t in texts)
+    return {"a": a, "b": b[0], "prompt": texts[0].prompt} if b else a
 
 
-def key_entry(item: Text | tuple[Text, Text]) -> dict:
-    """Whose an item is, without its text."""
-    if isinstance(item, tuple):
-        return {"a": key_entry(item[0]), "b": key_entry(item[1]), "prompt": item[0].prompt}
-    digest = text_sha256(item.text)[:16]
-    return {"source": item.source, "arm": item.arm, "words": item.n_words, "sha256": digest}
-
-
-def write_sheets(folder: Path, sheets: dict[str, dict]) -> None:
-    """Write each sheet for each of its raters, who need nothing beside it, and TASKS.txt: all sheets and where answers go."""
+def write_sheets(folder: Path, sheets: dict[str, dict[str, Sequence[Text]]]) -> None:
+    """Write each sheet for each of its raters, who need nothing beside it."""
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     alone, pairs = re.findall(r"# Rubric: .*?\n\n(.*?)\nAnswer: `(.*?)`\n", RUBRIC.read_text(encoding="utf-8"), re.DOTALL)
-    tasks = []
     for name, items in sheets.items():
         task, example = pairs if name.startswith("pairs") else alone
-        shown = {
-            i: f"A: {item[0].text}\n\nB: {item[1].text}" if isinstance(item, tuple) else item.text for i, item in items.items()
-        }
+        labels = ("A: ", "B: ") if name.startswith("pairs") else ("",)
+        shown = {i: "\n\n".join(x + t.text for x, t in zip(labels, texts, strict=True)) for i, texts in items.items()}
         for rater in RATERS[name[:-2]]:
-            path, answers = folder / f"{name}-{rater}.md", folder / "answers" / f"{name}-{rater}.jsonl"
             head = (
                 f"# {len(items)} items to judge\n\n{task}\nWrite one line of JSON for each item, in the order of the sheet and "
-                f"for all {len(items)} of them, to {answers}. A line looks like this:\n\n    {example}\n\n"
-                "Read every text to its end before you judge it, and judge yourself, not by a program. "
+                f"for all {len(items)} of them, to {folder / 'answers' / f'{name}-{rater}.jsonl'}. A line looks like this:\n\n"
+                f"    {example}\n\nRead every text to its end before you judge it, and judge yourself, not by a program. "
                 "Use nothing but this sheet.\n"
             )
-            with written_aside(path) as aside:
+            with written_aside(folder / f"{name}-{rater}.md") as aside:
                 aside.write_text("\n".join([head, *(f"## {i}\n\n{text}\n" for i, text in shown.items())]), encoding="utf-8")
-            tasks.append(f"{path} {answers}\n")
-    (folder / "TASKS.txt").write_text("".join(tasks))
 
 
-def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> dict:
-    """Write our texts, the key and numbers of all texts to `evidence`, all sheets and TASKS.txt to `folder`; items by set.
+def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> None:
+    """Write all sheets to `folder`, and our texts, the key and numbers of all texts to `evidence`.
 
-    Raises RatingsError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
+    Raises ValueError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
     """
     longer, ladder = longer_openings(data), ladder_prompts(data)
+    openings = {name: record["prompt"] for name, record in longer.items()}
     rungs = {next(iter(by_model.values()))["id"]: prompt for prompt, by_model in ladder.items()}
     once = {"once": BEGINNING}
-    openings = {name: r["prompt"] for name, r in longer.items()}
     own = write_own(release, [(SAME, once, TEXTS), (OWN, once, TEXTS), (SAME, openings, 1), (OWN, rungs, 1)])
-    ours = {(r["arm"], r["prompt"]): r for r in own}
+    ours = {(r["arm"], r["prompt"]): (r["id"], r["arm"], r) for r in own}
     texts = arms(data, valid, own)
 
-    pairs = random_pairs(texts[SAME], texts[XL], seed=2)
-    bare = len(pairs)
+    drawn = list(texts[SAME])
+    random.Random(2).shuffle(drawn)
+    pairs = [(same_length(*pair), 0) for pair in zip(drawn, texts[XL], strict=True)]
     for name, prompt in openings.items():
-        both = {SAME: ours[SAME, name], XL: longer[name]}
-        pair = same_length(*(Text(r["id"], arm, treated(joined(prompt, r["completion"])), name) for arm, r in both.items()))
-        if min(t.n_words for t in pair) - len(prompt.split()) >= SHORTEST:
-            pairs.append(pair)
+        pairs.append((on_one_prompt(prompt, name, [ours[SAME, name], (name, XL, longer[name])]), len(prompt.split())))
+    pairs = [pair for pair, given in pairs if min(t.n_words for t in pair) - given >= SHORTEST]
     swap = random.Random(4)
     first = [pair if swap.random() < 0.5 else pair[::-1] for pair in pairs]
 
-    rows = []
+    rows = []  # the four texts of a prompt of the ladder stand in one sheet
     for name, prompt in rungs.items():
-        four = [(f"{model}/{r['id']}", model, r) for model, r in ladder[prompt].items()]
-        four.append((ours[OWN, name]["id"], OWN, ours[OWN, name]))
-        rows.append(same_length(*(Text(i, arm, treated(joined(prompt, r["completion"])), name) for i, arm, r in four)))
-    steps = [[t for row in rows[i::5] for t in row] for i in range(5)]
+        theirs = [(f"{model}/{r['id']}", model, r) for model, r in ladder[prompt].items()]
+        rows.append(on_one_prompt(prompt, name, [*theirs, ours[OWN, name]]))
+    steps = [[(t,) for row in rows[i::5] for t in row] for i in range(5)]
     for i, sheet in enumerate(steps):
         random.Random(f"ladder/{i}").shuffle(sheet)
 
-    sheets = numbered("alone", in_sheets([t for arm in texts.values() for t in arm], 12, 12, seed=3))
-    sheets |= numbered("pairs-a", in_sheets(first, 3, 6, seed=5))
-    sheets |= numbered("pairs-b", in_sheets([pair[::-1] for pair in first], 3, 6, seed=6))
-    sheets |= numbered("ladder", steps)
+    kinds = {
+        "alone": in_sheets([(t,) for arm in texts.values() for t in arm], 12, 12, seed=3),
+        "pairs-a": in_sheets(first, 3, 6, seed=5),
+        "pairs-b": in_sheets([pair[::-1] for pair in first], 3, 6, seed=6),
+        "ladder": steps,
+    }
+    named = {f"{kind}{n:02d}": sheet for kind, sheets in kinds.items() for n, sheet in enumerate(sheets, 1)}
+    sheets = {name: {f"{name}-{i:02d}": item for i, item in enumerate(sheet, 1)} for name, sheet in named.items()}
     key = {name: {i: key_entry(item) for i, item in items.items()} for name, items in sheets.items()}
     marks = evidence / "ratings" / "sheets.json"
     if read_json(evidence / "key.json", {} if marks.exists() else key) != key:
-        raise RatingsError(f"{evidence} holds the key or the marks of other sheets. Name another folder, or move both away.")
+        raise ValueError(f"{evidence} holds the key or the marks of other sheets. Name another folder, or move both away.")
     write_sheets(folder, sheets)
     write_json(evidence / "key.json", key)
-    (evidence / "rubric.md").write_text(RUBRIC.read_text(encoding="utf-8"), encoding="utf-8")
     write_json(evidence / "measures.json", measures(texts))
     write_json(evidence / "chatgpt_marks.json", recorded_marks(data))
     write_json_lines(evidence / "blm_texts.jsonl", own)
-    counts = {"bare pairs": bare, "longer pairs": len(pairs) - bare, "ladder": len(rows) * 4}
-    return {"texts": {arm: len(of) for arm, of in texts.items()}, **counts}
 
 
 def problems(answers: Sequence[dict], key: dict) -> list[str]:
     """What is wrong with the answers to a sheet, of which `key` is the part of the key; nothing where they are whole."""
-    fields = set(QUESTIONS) if all("a" in item for item in key.values()) else {"kind", "ends", *CRITERIA}
+    fields = {"id", *(QUESTIONS if all("a" in item for item in key.values()) else ("kind", "ends", *CRITERIA))}
     counts = Counter(str(answer.get("id")) for answer in answers)
-    found = [f"{name} is missing" for name in key if not counts[name]]
-    found += [f"{name} is answered {n} times" for name, n in counts.items() if n > 1]
+    found = [f"{name} is answered {counts[name]} times" for name in key if counts[name] != 1]
     found += [f"{name!r} is not on the sheet" for name in counts if name not in key]
     for answer in answers:
-        if set(answer) != {"id", *fields}:
-            found.append(f"{answer.get('id')} has the fields {', '.join(sorted(answer))}")
-        for name in fields & set(answer):
-            if type(answer[name]) not in (int, str) or answer[name] not in ANSWERS[name]:
-                known = ", ".join(map(str, ANSWERS[name]))
-                found.append(f"{answer.get('id')}: {name} is {answer[name]!r}, not one of {known}")
+        if answer.keys() != fields:
+            found.append(f"{answer.get('id')} has the fields {', '.join(sorted(answer))}, not {', '.join(sorted(fields))}")
+        for name in answer.keys() & ANSWERS.keys():
+            known = list(map(repr, ANSWERS[name]))  # as text, since 6.0 and True are no marks
+            if repr(answer[name]) not in known:
+                found.append(f"{answer.get('id')}: {name} is {answer[name]!r}, not one of {', '.join(known)}")
     return found
 
 
-def take_in(folder: Path, evidence: Path, rater: str, date: str) -> dict[str, str]:
+def take_in(folder: Path, evidence: Path, rater: str, date: str) -> None:
     """Copy every whole answer of `folder` to `evidence`/ratings, and note rater, date and the sheet's SHA-256 in sheets.json.
 
-    What was taken before stays as it is. Returns the reason for each sheet that was not taken, for a broken one its first
-    three problems. Raises RatingsError for a sheet that was taken before with other marks.
+    Raises ValueError for a sheet that is not in the key or was taken before with other marks, for lines that are no JSON,
+    and at the end for the sheets that lack answers, with what is wrong.
     """
-    key, noted = read_json(evidence / "key.json", {}), read_json(evidence / "ratings" / "sheets.json", {})
-    left = {}
+    key, taken, left = read_json(evidence / "key.json", {}), evidence / "ratings", []
+    noted = read_json(taken / "sheets.json", {})
     for sheet in sorted(folder.glob("*.md")):
-        name, target = sheet.stem, evidence / "ratings" / f"{sheet.stem}.jsonl"
-        try:
-            lines = read_lines(folder / "answers" / f"{name}.jsonl")
-            wrong = problems(lines, key[name.rsplit("-", 1)[0]])
-        except FileNotFoundError:
-            wrong = ["not answered"]
-        except KeyError:
-            wrong = [f"the sheet is not in {evidence / 'key.json'}"]
-        except ValueError as error:
-            wrong = [f"no lines of JSON objects ({error})"]
-        if wrong:
-            left[name] = "; ".join(wrong[:3])
+        name, answers, target = sheet.stem, folder / "answers" / f"{sheet.stem}.jsonl", taken / f"{sheet.stem}.jsonl"
+        if name[:-3] not in key:
+            raise ValueError(f"{sheet} is not in {evidence / 'key.json'}.")
+        lines = list(read_json_lines(answers)) if answers.exists() else []
+        if wrong := problems(lines, key[name[:-3]]):
+            left.append(f"{name}: {'; '.join(wrong[:3])}")
             continue
         lines.sort(key=lambda line: line["id"])
-        if target.exists():
-            if read_lines(target) != lines:
-                raise RatingsError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
-            continue
-        write_json_lines(target, lines)
-        noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": sha256(sheet)}
-    write_json(evidence / "ratings" / "sheets.json", dict(sorted(noted.items())))
-    return left
+        if not target.exists():
+            write_json_lines(target, lines)
+            noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": sha256(sheet)}
+            write_json(taken / "sheets.json", dict(sorted(noted.items())))
+        elif list(read_json_lines(target)) != lines:
+            raise ValueError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
+    if left:
+        raise ValueError(f"{len(left)} sheets were not taken.\n" + "\n".join(left))
 
 
-def ask(folder: Path) -> dict[str, str]:
-    """Let the server BLM_JUDGE_URL answer every sheet of `folder` that has no answer; what went wrong, by sheet.
+def ask(folder: Path) -> None:
+    """Let the server BLM_JUDGE_URL answer every sheet of `folder` without an answer, each in a conversation of its own.
 
-    The model is BLM_JUDGE_MODEL, the key BLM_JUDGE_KEY. Each sheet is one conversation. Lines that are no JSON objects are
-    left out; whether the answer is whole, `take_in` says. Raises ConfigError where the server is not named.
+    Raises ConfigError where the server is not named, and ValueError where it does not answer.
     """
     from openai import OpenAI, OpenAIError
 
-    url, model = os.environ.get("BLM_JUDGE_URL"), os.environ.get("BLM_JUDGE_MODEL")
+    url, model, key = map(os.environ.get, ("BLM_JUDGE_URL", "BLM_JUDGE_MODEL", "BLM_JUDGE_KEY"))
     if not url or not model:
         raise ConfigError("BLM_JUDGE_URL (such as http://localhost:8080/v1) and BLM_JUDGE_MODEL must be set.")
-    client, failed = OpenAI(base_url=url, api_key=os.environ.get("BLM_JUDGE_KEY") or "none"), {}
+    client = OpenAI(base_url=url, api_key=key or "none")
     for sheet in sorted(folder.glob("*.md")):
         target = folder / "answers" / f"{sheet.stem}.jsonl"
         if target.exists():
@@ -357,12 +322,10 @@ def ask(folder: Path) -> dict[str, str]:
         try:
             reply = client.chat.completions.create(model=model, messages=[{"role": "user", "content": text}], temperature=0)
         except OpenAIError as error:
-            failed[sheet.stem] = f"{type(error).__name__}: {error}"
-            continue
+            raise ValueError(f"{url} did not answer {sheet.name}: {type(error).__name__}: {error}") from error
         lines = [line.strip() for line in (reply.choices[0].message.content or "").splitlines()]
         with written_aside(target) as aside:
             aside.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
-    return failed
 
 
 @dataclass(frozen=True)
@@ -374,8 +337,9 @@ class Rated:
     sheet: str
     answers: tuple[dict, dict]
 
-    def mark(self, criterion: str) -> float:
-        return sum(answer[criterion] for answer in self.answers) / 2
+    def mark(self, *criteria: str) -> float:
+        """The mean over both raters, and over several criteria where they are given."""
+        return float(np.mean([sum(answer[name] for answer in self.answers) / 2 for name in criteria]))
 
     @property
     def for_a_child(self) -> bool:
@@ -399,115 +363,107 @@ class Pair:
     prompt: str
     orders: tuple[tuple[str, dict], tuple[str, dict]]
 
-    @property
-    def points(self) -> dict[str, tuple[float, float]]:
-        """By question, of the BLM in each order: 1 for a win, 0.5 for a tie."""
-        return {question: tuple(_points(answer[question], side) for side, answer in self.orders) for question in QUESTIONS}
-
-    def value(self, question: str) -> float:
-        return sum(self.points[question]) / 2
+    def points(self, question: str) -> tuple[float, float]:
+        """Of the BLM in each order: 1 for a win, 0.5 for a tie."""
+        return tuple(_points(answer[question], side) for side, answer in self.orders)
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of evidence: `value` with its interval, in `unit` ("points of 100", "marks"); right of 0 speaks for the BLM."""
+def win_rate(pairs: Sequence[Pair], question: str) -> Interval:
+    """The BLM's share of wins, over pairs that count with the mean of both orders."""
+    return mean_interval([sum(p.points(question)) / 2 for p in pairs])
 
-    name: str
-    value: float
-    low: float
-    high: float
-    verdict: str
-    n: int
-    unit: str
+
+# One line of evidence: `value` with its interval, in `unit` ("points of 100", "marks"); right of 0 speaks for the BLM.
+Line = namedtuple("Line", "name value low high verdict n unit")
 
 
 class Ratings:
-    """The committed marks of `evidence`, by text and by pair.
+    """The committed marks of `evidence`: `alone` and `ladder` by text, `pairs` by pair.
 
-    What stands in two sheets counts with the first of them; `repeated` holds both. Texts that two raters have not
-    answered, and pairs without both orders, are left out: `sheets` says how many sheets were rated and how many there are.
+    What stands in two sheets counts with the first of them; `repeated` and `repeated_pairs` hold both answers. Raises
+    ValueError where a sheet is not rated.
     """
 
     def __init__(self, evidence: Path):
-        key = read_json(evidence / "key.json")
-        self.noted = read_json(evidence / "ratings" / "sheets.json", {})
-        self.sheets = (len(self.noted), sum(len(RATERS[sheet[:-2]]) for sheet in key))
-        given = {name: {a["id"]: a for a in read_lines(evidence / "ratings" / f"{name}.jsonl")} for name in self.noted}
+        key, self.noted = read_json(evidence / "key.json", {}), read_json(evidence / "ratings" / "sheets.json", {})
+        wanted = {f"{sheet}-{rater}" for sheet in key for rater in RATERS[sheet[:-2]]}
+        if not wanted or wanted - self.noted.keys():
+            raise ValueError(f"{evidence}: {len(wanted & self.noted.keys())} of {len(wanted)} sheets are rated.")
         texts: list[Rated] = []
-        pairs: dict[tuple[str, str, str], dict[str, list]] = {}  # by both texts and order, each in one sheet or two
+        twice: dict[str, list] = {}
+        pairs: dict[tuple, dict[str, list]] = {}  # by both texts; then by order, in one sheet or two
         for sheet, items in key.items():
-            by_rater = [given.get(f"{sheet}-{rater}", {}) for rater in RATERS[sheet[:-2]]]
+            files = [evidence / "ratings" / f"{sheet}-{rater}.jsonl" for rater in RATERS[sheet[:-2]]]
+            by_rater = [{answer["id"]: answer for answer in read_json_lines(file)} for file in files]
             for name, item in items.items():
-                answers = tuple(of[name] for of in by_rater if name in of)
-                if len(answers) < len(by_rater):
-                    continue
-                if "a" not in item:
+                answers = tuple(of[name] for of in by_rater)
+                if "a" in item:
+                    side, other = "ab" if item["a"]["arm"] == SAME else "ba"
+                    both = item[side]["source"], item[other]["source"], item["prompt"]
+                    pairs.setdefault(both, {}).setdefault(sheet[:-2], []).append((side, *answers))
+                else:
                     texts.append(Rated(item["source"], item["arm"], sheet, answers))
-                    continue
-                side, other = "ab" if item["a"]["arm"] == SAME else "ba"
-                both = item[side]["source"], item[other]["source"], item["prompt"]
-                pairs.setdefault(both, {}).setdefault(sheet[:-2], []).append((side, *answers))
+                    twice.setdefault(item["source"], []).append(answers)
+        # This order of the texts is the one that the committed intervals were drawn in.
         once = list({t.source: t for t in sorted(texts, key=lambda t: t.sheet, reverse=True)}.values())[::-1]
         self.alone, self.ladder = ([t for t in once if t.sheet.startswith(kind)] for kind in ("alone", "ladder"))
-        self.pairs = [Pair(*both, (of["pairs-a"][0], of["pairs-b"][0])) for both, of in pairs.items() if len(of) == 2]
-        seen: dict[str, list] = {}
-        for t in texts:
-            seen.setdefault(t.source, []).append(t.answers)
-        self.repeated = [answers for answers in seen.values() if len(answers) == 2]
-        self.repeated_pairs = [
-            [answer for _, answer in twice] for of in pairs.values() for twice in of.values() if len(twice) == 2
-        ]
+        self.pairs = [Pair(*both, (of["pairs-a"][0], of["pairs-b"][0])) for both, of in pairs.items()]
+        self.repeated = [answers for answers in twice.values() if len(answers) == 2]
+        self.repeated_pairs = [given for of in pairs.values() for given in of.values() if len(given) == 2]
 
     def arm(self, name: str) -> list[Rated]:
         return [t for t in self.alone if t.arm == name]
 
     def share(self, arm: str, threshold: float = COHERENT) -> Interval:
         """The share of an arm's texts that count under measure 1."""
-        return _interval(mean_interval, [t.counts(threshold) for t in self.arm(arm)])
+        return mean_interval([t.counts(threshold) for t in self.arm(arm)])
 
     def share_difference(self, threshold: float = COHERENT, arm: str = SAME) -> Interval:
         """Measure 1: the share of `arm` minus GPT2-XL's, each resampled by its own texts."""
-        return _interval(difference_interval, *([t.counts(threshold) for t in self.arm(a)] for a in (arm, XL)))
+        return difference_interval(*([t.counts(threshold) for t in self.arm(a)] for a in (arm, XL)))
 
-    def bare_pairs(self) -> list[Pair]:
-        return [p for p in self.pairs if not p.prompt]
-
-    def fair_pairs(self) -> list[Pair]:
-        """The bare pairs whose GPT2-XL text both raters called a story of either kind."""
+    def groups(self) -> dict[str, list[Pair]]:
+        """The pairs by beginning; in the fair fight those of the first whose GPT2-XL text both raters called a story."""
         stories = {t.source for t in self.arm(XL) if t.a_story}
-        return [p for p in self.bare_pairs() if p.xl in stories]
-
-    def longer_pairs(self) -> list[Pair]:
-        return [p for p in self.pairs if p.prompt]
+        bare = [p for p in self.pairs if not p.prompt]
+        fair, longer = [p for p in bare if p.xl in stories], [p for p in self.pairs if p.prompt]
+        return {BEGINNING: bare, "the fair fight": fair, "longer openings": longer}
 
     def rungs(self) -> dict[str, dict[str, Rated]]:
-        """The ladder's prompts whose four texts were rated: by prompt and arm."""
+        """The ladder's texts by prompt and arm."""
         found: dict[str, dict[str, Rated]] = {}
         for t in self.ladder:
             found.setdefault(t.source.split("/")[1], {})[t.arm] = t
-        return {prompt: of for prompt, of in found.items() if len(of) == len(RUNGS) + 1}
+        return found
 
     def lines(self) -> list[Line]:
         """All lines that the raters decide, the two primaries first."""
-        found = [
-            _line("1 stories that hang together, BLM minus GPT2-XL", self.share_difference(), len(self.arm(SAME))),
-            _win("2 which would you read to a child?", self.bare_pairs(), "child"),
-            _win("better as text, whatever its kind", self.bare_pairs(), "text"),
-            _win("fair fight: read to a child", self.fair_pairs(), "child"),
-            _win("fair fight: better as text", self.fair_pairs(), "text"),
-            _win("longer openings: read to a child", self.longer_pairs(), "child"),
-            _win("longer openings: better as text", self.longer_pairs(), "text"),
-            _line("stories that hang together, own decoding", self.share_difference(arm=OWN), len(self.arm(OWN))),
-        ]
+        found: list[Line] = []
+
+        def add(name: str, gap: Sequence[float], n: int, unit: str = "points of 100") -> None:
+            scale = 100 if unit == "points of 100" else 1
+            found.append(Line(name, *(scale * end for end in gap), verdict(*gap[1:], "higher"), n, unit))
+
+        def add_wins(name: str, group: str, question: str) -> None:
+            pairs = self.groups()[group]
+            add(name, [end - 0.5 for end in win_rate(pairs, question)], len(pairs))
+
+        add("1 stories that hang together, BLM minus GPT2-XL", self.share_difference(), len(self.arm(SAME)))
+        add_wins("2 which would you read to a child?", BEGINNING, "child")
+        add_wins("better as text, whatever its kind", BEGINNING, "text")
+        add_wins("fair fight: read to a child", "the fair fight", "child")
+        add_wins("fair fight: better as text", "the fair fight", "text")
+        add_wins("longer openings: read to a child", "longer openings", "child")
+        add_wins("longer openings: better as text", "longer openings", "text")
+        add("stories that hang together, own decoding", self.share_difference(arm=OWN), len(self.arm(OWN)))
         for criterion in CRITERIA:
             both = [[t.mark(criterion) for t in self.arm(arm)] for arm in (SAME, XL)]
-            marks = _line(f"{criterion}, BLM minus GPT2-XL", _interval(difference_interval, *both), len(both[0]), "marks")
-            found.append(replace(marks, verdict="no decision"))  # the protocol reports mean marks without one
+            add(f"{criterion}, BLM minus GPT2-XL", difference_interval(*both), len(both[0]), "marks")
+            found[-1] = found[-1]._replace(verdict="no decision")  # the protocol reports mean marks without one
         rungs = self.rungs().values()
         for rung in RUNGS:
-            both = [[np.mean([of[arm].mark(c) for c in CRITERIA]) for of in rungs] for arm in (OWN, rung)]
-            gap = _interval(paired_difference, *both)
-            found.append(_line(f"mean mark, BLM minus {rung}", gap, len(rungs), "marks"))
+            both = [[of[arm].mark(*CRITERIA) for of in rungs] for arm in (OWN, rung)]
+            add(f"mean mark, BLM minus {rung}", paired_difference(*both), len(rungs), "marks")
         return found
 
     def outcome(self) -> str:
@@ -515,7 +471,7 @@ class Ratings:
         first, second = (line.verdict for line in self.lines()[:2])
         if "loses" in (first, second):
             return "refuted"
-        if not self.share("real").value >= 0.5:
+        if self.share("real").value < 0.5:
             return "not made"
         return "made" if first == second == "wins" else "undecided"
 
@@ -524,27 +480,27 @@ class Ratings:
         from krippendorff import alpha
         from sklearn.metrics import cohen_kappa_score
 
-        given = [t.answers for t in self.alone + self.ladder]
-        both = {name: np.array([[answer[name] for answer in of] for of in given]).T for name in ("kind", "ends", *CRITERIA)}
-        points = {name: np.array([p.points[name] for p in self.pairs]).T.astype(str) for name in QUESTIONS}
-        found = {f"{name}, kappa": cohen_kappa_score(*both[name]) for name in ("kind", "ends")}
-        found |= {f"{name}, alpha": alpha(both[name].astype(float), level_of_measurement="interval") for name in CRITERIA}
-        found |= {f"{name}, kappa of the two orders": cohen_kappa_score(*points[name]) for name in QUESTIONS}
+        def both(name: str) -> np.ndarray:  # (2, texts)
+            return np.array([[answer[name] for answer in t.answers] for t in self.alone + self.ladder]).T
+
+        found = {f"{name}, kappa": cohen_kappa_score(*both(name)) for name in ("kind", "ends")}
+        found |= {f"{name}, alpha": alpha(both(name).astype(float), level_of_measurement="interval") for name in CRITERIA}
+        for name in QUESTIONS:
+            orders = np.array([p.points(name) for p in self.pairs]).T.astype(str)
+            found[f"{name}, kappa of the two orders"] = cohen_kappa_score(*orders)
         return {name: float(value) for name, value in found.items()}
 
     def noise(self) -> dict[str, float]:
         """Texts and pairs that stand in two sheets: mean distance of their marks, and how often the answers are the same."""
         answers = [both for first, second in self.repeated for both in zip(first, second, strict=True)]
-        found = {name: [abs(x[name] - y[name]) for x, y in answers] for name in CRITERIA}
-        found["same kind"] = [x["kind"] == y["kind"] for x, y in answers]
-        found["same preference"] = [x["child"] == y["child"] for x, y in self.repeated_pairs]
-        means = {name: float(np.mean(values)) if values else math.nan for name, values in found.items()}
-        return {"texts": len(self.repeated), "pairs": len(self.repeated_pairs), **means}
+        found = {name: np.mean([abs(x[name] - y[name]) for x, y in answers]) for name in CRITERIA}
+        found["same kind"] = np.mean([x["kind"] == y["kind"] for x, y in answers])
+        found["same preference"] = np.mean([x["child"] == y["child"] for (_, x), (_, y) in self.repeated_pairs])
+        return {"texts": len(self.repeated), "pairs": len(self.repeated_pairs), **{k: float(v) for k, v in found.items()}}
 
-    def position_pull(self, question: str = "child") -> Interval:
-        """How often the text shown first is preferred, over both orders; 0.5 is no pull."""
-        first = [[_points(answer[question], "a") for _, answer in p.orders] for p in self.pairs]
-        return _interval(mean_interval, [np.mean(both) for both in first])
+    def position_pull(self) -> Interval:
+        """How often the text shown first is read to a child, over both orders; 0.5 is no pull."""
+        return mean_interval([np.mean([_points(answer["child"], "a") for _, answer in p.orders]) for p in self.pairs])
 
     def validity(self, marks: dict[str, dict]) -> dict[str, float]:
         """Spearman's correlation of the mean marks with ChatGPT's recorded ones: consistency, and fluency with grammar."""
@@ -553,8 +509,7 @@ class Ratings:
         texts = [t for t in self.alone if t.source in marks]
         found: dict[str, float] = {"texts": len(texts)}
         for theirs, ours in (("consistency", "consistency"), ("fluency", "grammar")):
-            both = [t.mark(ours) for t in texts], [marks[t.source][theirs] for t in texts]
-            found[theirs] = float(spearmanr(*both).statistic) if len(texts) > 2 else math.nan
+            found[theirs] = float(spearmanr([t.mark(ours) for t in texts], [marks[t.source][theirs] for t in texts]).statistic)
         return found
 
 
@@ -562,39 +517,20 @@ def _points(preferred: str, side: str) -> float:
     return 0.5 if preferred == "tie" else float(preferred == side)
 
 
-def _interval(of, *values: Sequence[float]) -> Interval:
-    return of(*values) if all(map(len, values)) else NOTHING
-
-
-def _line(name: str, gap: Interval, n: int, unit: str = "points of 100") -> Line:
-    scale = 100 if unit == "points of 100" else 1
-    result = verdict(gap.low, gap.high, "higher") if n else "not rated yet"
-    return Line(name, *(scale * end for end in gap), result, n, unit)
-
-
-def _win(name: str, pairs: Sequence[Pair], question: str) -> Line:
-    """The share of wins minus one half."""
-    rate = _interval(mean_interval, [p.value(question) for p in pairs])
-    return _line(name, Interval(*(end - 0.5 for end in rate)), len(pairs))
-
-
 def earlier_by_kind(evidence: Path) -> dict[str, dict]:
     """Preferences of an earlier trial over GPT2-XL by kind of beginning, and "all": prompts, wins, ties, losses, rate.
 
-    They were given to the release before this one, of 3.2 M parameters (revision in key1.json). The rate is the mean
-    over prompts of each prompt's mean, a tie counting one half, with its interval over prompts.
+    They were given to the first release, of 3.2 M parameters. The rate is the mean over prompts of each prompt's mean, a
+    tie counting one half, with its interval over prompts.
     """
-    marks = [m for path in sorted((evidence / "ratings").glob("shuffle-*.jsonl")) for m in read_lines(path)]
-    marks = [m for m in marks if {m["first"], m["second"]} == {"BLM", "gpt2-xl"}]
+    given = [mark for path in sorted((evidence / "ratings").glob("shuffle-*.jsonl")) for mark in read_json_lines(path)]
+    given = [mark for mark in given if {mark["first"], mark["second"]} == {"BLM", "gpt2-xl"}]
     found = {}
-    for kind in ("all", *sorted({m["kind"] for m in marks})):
-        prompts: dict[str, list[float]] = {}
-        for m in marks:
-            if kind in ("all", m["kind"]):
-                side = "first" if m["first"] == "BLM" else "second"
-                prompts.setdefault(m["prompt"], []).append(_points(m["preferred"], side))
-        points = [p for of in prompts.values() for p in of]
-        counts = {name: points.count(value) for name, value in (("wins", 1.0), ("ties", 0.5), ("losses", 0.0))}
-        rate = _interval(mean_interval, [float(np.mean(prompts[prompt])) for prompt in sorted(prompts)])
-        found[kind] = {"prompts": len(prompts), **counts, "rate": rate}
+    for kind in ("all", *sorted({mark["kind"] for mark in given})):
+        marks = [mark for mark in given if kind in ("all", mark["kind"])]
+        points = [_points(mark["preferred"], "first" if mark["first"] == "BLM" else "second") for mark in marks]
+        prompts = np.array([mark["prompt"] for mark in marks])
+        rate = mean_interval([np.mean(np.array(points)[prompts == prompt]) for prompt in sorted(set(prompts))])
+        counts = {"wins": points.count(1), "ties": points.count(0.5), "losses": points.count(0)}
+        found[kind] = {"prompts": len(set(prompts)), **counts, "rate": rate}
     return found

@@ -18,16 +18,18 @@ from blm_core.files import read_json, write_json
 from blm_core.model import flops_per_token
 
 RUNS = ROOT / "runs" / "study"
+BEST, NEAR, WIDE = (1.6e-2,), (8e-3, 1.6e-2), (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # learning rates of Muon
+ADAMW = (2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
 @dataclass(frozen=True)
 class Study:
-    """One question. `variants` maps a name to what it changes; each is run at each of its learning rates."""
+    """One question. `variants` maps a name to what it changes; each is run at each of its learning rates, if only at BEST."""
 
     name: str
     question: str
     variants: dict[str, str]
-    learning_rates: dict[str, tuple[float, ...]] | tuple[float, ...]
+    learning_rates: dict[str, tuple[float, ...]] | tuple[float, ...] = BEST
 
     @property
     def runs(self) -> list[tuple[str, Preset]]:
@@ -36,13 +38,23 @@ class Study:
         return [
             (variant, config.override(config.load("study"), [*changes.split(), f"train.learning_rate={rate:g}"]))
             for variant, changes in self.variants.items()
-            for rate in (rates[variant] if isinstance(rates, dict) else rates)
+            for rate in (rates.get(variant, BEST) if isinstance(rates, dict) else rates)
         ]
 
 
-BEST, NEAR, WIDE = (1.6e-2,), (8e-3, 1.6e-2), (4e-3, 8e-3, 1.6e-2, 3.2e-2)  # learning rates of Muon
-ADAMW = (2e-3, 4e-3, 8e-3, 1.6e-2)
-FEW_STEPS = {f"Muon, {n} steps": f"train.steps={n} train.warmup_steps={round(n / 10)}" for n in (25, 50, 75, 100, 150)}
+def steps(n: int) -> str:
+    """A run of `n` steps, the first tenth of them warm-up."""
+    return f"train.steps={n} train.warmup_steps={round(n / 10)}"
+
+
+def shape(layers: int, width: int, heads: int, d_ff: int) -> str:
+    """As many keys and values as heads."""
+    heads_of_both = f"model.n_heads={heads} model.n_kv_heads={heads}"
+    return f"model.n_layers={layers} model.d_model={width} {heads_of_both} model.d_ff={d_ff}"
+
+
+LEARNED, LAYER, GELU = "model.position=learned", "model.norm=layer", "model.feed_forward=gelu model.d_ff=384"
+GPT2 = f"{LEARNED} {LAYER} {GELU}"
 STUDIES = [
     Study(
         "optimizer",
@@ -60,37 +72,30 @@ STUDIES = [
         "seeds",
         "How far do runs differ that differ in nothing but the seed?",
         {f"seed {seed}": f"train.seed={seed}" for seed in range(1, 6)},
-        BEST,
     ),
     Study(
         "schedule",
-        "Cosine, or warm-up, stable and decay? Does an average of the weights help?",
+        "Cosine, or warm-up, stable and decay?",
         {
             "cosine": "",
-            "cosine, averaged": "train.weight_average=0.98",
             "stable, then decay over 50 %": "train.schedule=wsd train.decay_share=0.5",
             "stable, then decay over 20 %": "train.schedule=wsd",
         },
-        BEST,
     ),
     Study(
         "batch",
         "How many windows in a step, at equal tokens?",
         {
-            "4 windows": "train.batch_size=4 train.micro_batch_size=4 train.steps=500 train.warmup_steps=50",
+            "4 windows": f"train.batch_size=4 train.micro_batch_size=4 {steps(500)}",
             "8 windows": "",
-            "16 windows": "train.batch_size=16 train.steps=125 train.warmup_steps=12",
+            "16 windows": f"train.batch_size=16 {steps(125)}",
         },
         NEAR,
     ),
     Study(
         "shape",
         "Deep or wide, at about equal parameters?",
-        {
-            "2 layers of 128": "model.n_layers=2 model.d_model=128 model.n_heads=4 model.n_kv_heads=4 model.d_ff=320",
-            "4 layers of 96": "",
-            "8 layers of 64": "model.n_layers=8 model.d_model=64 model.n_heads=2 model.n_kv_heads=2 model.d_ff=208",
-        },
+        {"2 layers of 128": shape(2, 128, 4, 320), "4 layers of 96": "", "8 layers of 64": shape(8, 64, 2, 208)},
         NEAR,
     ),
     Study(
@@ -103,10 +108,9 @@ STUDIES = [
         "vocabulary-flops",
         "How many pieces, at equal FLOPs, those of the output matrix included?",
         {
-            f"{size} pieces, {steps} steps": f"tokenizer.vocab_size={size} train.steps={steps}"
-            for size, steps in ((1024, 276), (2048, 250), (4096, 210), (8192, 159))
+            f"{size} pieces, {n} steps": f"tokenizer.vocab_size={size} train.steps={n}"
+            for size, n in ((1024, 276), (2048, 250), (4096, 210), (8192, 159))
         },
-        BEST,
     ),
     Study(
         "heads",
@@ -116,19 +120,12 @@ STUDIES = [
             "6 heads of 16": "model.n_heads=6 model.n_kv_heads=6",
             "3 heads, 1 key/value head": "model.n_kv_heads=1",
         },
-        BEST,
     ),
     Study(
         "block",
         "What does each part of the Llama block bring over that of GPT-2?",
-        {
-            "Llama": "",
-            "learned positions": "model.position=learned",
-            "LayerNorm": "model.norm=layer",
-            "GELU feed-forward": "model.feed_forward=gelu model.d_ff=384",
-            "GPT-2 block": "model.position=learned model.norm=layer model.feed_forward=gelu model.d_ff=384",
-        },
-        {"Llama": NEAR, "learned positions": NEAR, "LayerNorm": BEST, "GELU feed-forward": BEST, "GPT-2 block": NEAR},
+        {"Llama": "", "learned positions": LEARNED, "LayerNorm": LAYER, "GELU feed-forward": GELU, "GPT-2 block": GPT2},
+        dict.fromkeys(("Llama", "learned positions", "GPT-2 block"), NEAR),
     ),
     Study(
         "tokens",
@@ -136,9 +133,9 @@ STUDIES = [
         {
             "llama2.c's settings, 250 steps": "train.optimizer=adamw train.isolate_stories=false",
             "AdamW, 250 steps": "train.optimizer=adamw",
-            **FEW_STEPS,
+            **{f"Muon, {n} steps": steps(n) for n in (25, 50, 75, 100, 150)},
         },
-        {"llama2.c's settings, 250 steps": (5e-4,), "AdamW, 250 steps": ADAMW, **dict.fromkeys(FEW_STEPS, BEST)},
+        {"llama2.c's settings, 250 steps": (5e-4,), "AdamW, 250 steps": ADAMW},
     ),
     Study(
         "few-data",
@@ -149,21 +146,17 @@ STUDIES = [
             )
             for epochs, decay, dropout in product((4, 12), (0.1, 0.5), (0.0, 0.1))
         },
-        BEST,
     ),
     Study(
         "scaling",
         "How does the loss fall with parameters and tokens?",
         {
             f"{layers} x {width}, {tokens} M tokens": (
-                f"model.n_layers={layers} model.d_model={width} model.n_heads={width // 32} "
-                f"model.n_kv_heads={width // 32} model.d_ff={width * 8 // 3 // 16 * 16} "
-                f"train.steps={round(tokens * 1e6 / 4096)} train.warmup_steps={round(tokens * 1e6 / 40960)}"
+                f"{shape(layers, width, width // 32, width * 8 // 3 // 16 * 16)} {steps(round(tokens * 1e6 / 4096))}"
             )
             for layers, width in ((2, 32), (2, 64), (3, 96), (4, 96), (4, 128))
             for tokens in (0.2, 0.4, 0.8, 1.6)
         },
-        BEST,
     ),
 ]
 
@@ -199,13 +192,13 @@ def results(study: Study, folder: Path = RUNS) -> list[dict]:
 
 def run_name(preset: Preset) -> str:
     """What `preset` changes in the preset `study`, apart from where the data come from."""
-    changed = set()
+    changed = []
     for part in ("tokenizer", "model", "train"):
         before = vars(getattr(config.PRESETS["study"], part))
         for key, value in vars(getattr(preset, part)).items():
             if value != before[key] and key not in ("sweep", *train.FREE):
-                changed.add(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
-    return ",".join(sorted(changed)) or "base"
+                changed.append(f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}")
+    return ",".join(sorted(set(changed))) or "base"
 
 
 def best(runs: list[dict]) -> dict[str, dict]:
@@ -235,17 +228,16 @@ def seed_noise(folder: Path = RUNS) -> float:
     return float(t.ppf(0.975, len(values) - 1) * 2**0.5 * np.std(values, ddof=1)) if len(values) > 2 else math.nan
 
 
-def steps_needed(goal: float, folder: Path = RUNS) -> float:
-    """Steps that the recipe needs to reach `goal` bits per byte: interpolated, in the logarithm of the steps, between runs of
-    the study `tokens` and the whole run, each with a schedule of its own. Where the shortest run was better already, its
-    steps, which then are the most that can be needed; NaN where none was as good."""
+def steps_needed(goal: float) -> float:
+    """Steps that the recipe needs to reach `goal` bits per byte, between its runs of all lengths, in the steps' logarithm.
+
+    NaN where no run was as good; the steps of the shortest run, an upper bound, where that was better already.
+    """
     recipe = {"optimizer": "muon", "learning_rate": config.PRESETS["study"].train.learning_rate}
-    runs = [run for name in ("tokens", "optimizer") for run in results(find(name), folder)]
+    runs = [run for name in ("tokens", "optimizer") for run in results(find(name))]
     points = sorted((bits_per_byte(run), run["train"]["steps"]) for run in runs if recipe.items() <= run["train"].items())
-    if not points or goal < points[0][0]:
-        return math.nan
-    reached, steps = zip(*points, strict=True)
-    return float(np.exp(np.interp(goal, reached, np.log(steps))))
+    reached, lengths = zip(*points, strict=True)
+    return float(np.exp(np.interp(goal, reached, np.log(lengths), left=math.nan)))
 
 
 def forest(names: list[str], folder: Path = RUNS) -> list[tuple[str, str, float]]:
