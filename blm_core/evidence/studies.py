@@ -64,10 +64,9 @@ STUDIES = [
     ),
     Study(
         "schedule",
-        "Cosine, or warm-up, stable and decay? Does an average of the weights help?",
+        "Cosine, or warm-up, stable and decay?",
         {
             "cosine": "",
-            "cosine, averaged": "train.weight_average=0.98",
             "stable, then decay over 50 %": "train.schedule=wsd train.decay_share=0.5",
             "stable, then decay over 20 %": "train.schedule=wsd",
         },
