@@ -1,11 +1,9 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `distilled`, `a100`), else by the machine: `a100` on a large GPU,
-  else `smoke`.
+- One preset is chosen by `BLM_PRESET`, else by the machine: `a100` on a large GPU, else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
-- Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
-  (`BLM_BUILD`).
+- `BLM_ARCHIVE` and `BLM_VALIDATION` name other stories, `BLM_BUILD` the folder written to.
 """
 
 import dataclasses
@@ -160,9 +158,9 @@ class TrainConfig:
     def __post_init__(self):
         _one_of(self, schedule=("cosine", "wsd"), dtype=("auto", "bfloat16", "float32"), optimizer=("muon", "adamw"))
         _within(self, "[1, inf)", "steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every")
-        divides = self.batch_size % self.micro_batch_size == 0
-        _require(divides, "train.micro_batch_size", self.micro_batch_size, f"a divisor of {self.batch_size=}")
-        _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
+        size, warmup = self.micro_batch_size, self.warmup_steps
+        _require(self.batch_size % size == 0, "train.micro_batch_size", size, f"a divisor of {self.batch_size=}")
+        _require(0 <= warmup < self.steps, "train.warmup_steps", warmup, f"below {self.steps=}")
         _within(self, "[0, 1)", "beta1", "beta2", "momentum")
         _within(self, "[0, 1]", "final_learning_rate", "teacher_weight")
         _within(self, "(0, 1)", "learning_rate")
@@ -187,10 +185,9 @@ class Preset:
 
     def __post_init__(self):
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
-        learned, size = self.tokenizer.vocab_size, self.model.vocab_size
+        learned, size, weight = self.tokenizer.vocab_size, self.model.vocab_size, self.train.teacher_weight
         _require(size == learned, "model.vocab_size", size, f"equal to tokenizer.vocab_size ({learned})")
-        fits = bool(self.teachers) == (self.train.teacher_weight > 0)
-        _require(fits, "train.teacher_weight", self.train.teacher_weight, "above 0 with teachers, and 0 without")
+        _require(bool(self.teachers) == (weight > 0), "train.teacher_weight", weight, "above 0 with teachers, and 0 without")
 
     def teacher(self, number: int) -> "Preset":
         """The preset of teacher `number`, from 0."""
@@ -319,10 +316,10 @@ def _parse(text: str, example, key: str):
 
 def chosen() -> tuple[str, str]:
     """The name of the preset that `load` takes on this machine, and why: BLM_PRESET, else what fits the GPU."""
-    import torch  # not above: the processes that clean stories import this module and need no PyTorch
-
     if named := os.environ.get("BLM_PRESET"):
         return named, f"BLM_PRESET is {named}"
+    import torch  # not above: the processes that clean stories import this module and need no PyTorch
+
     if not torch.cuda.is_available():
         return "smoke", "BLM_PRESET is not set and there is no GPU"
     gpu = torch.cuda.get_device_properties(0)
@@ -343,10 +340,7 @@ def introduce(preset: Preset) -> str:
 
 
 def load(name: str | None = None, overrides: list[str] | None = None) -> Preset:
-    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied.
-
-    Raises ConfigError.
-    """
+    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied."""
     name = name or chosen()[0]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; BLM_PRESET may be one of: {', '.join(PRESETS)}")

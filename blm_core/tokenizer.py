@@ -18,7 +18,7 @@ SPACE_MARK = "\u2581"
 
 
 class TokenizerError(ValueError):
-    """A vocabulary that cannot be learned or loaded, or text that is not text."""
+    """A vocabulary that cannot be learned or loaded."""
 
 
 class Tokenizer:
@@ -44,13 +44,8 @@ class Tokenizer:
         return sha256(self.path)[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without `<|endoftext|>`. Raises TokenizerError for text that UTF-8 cannot hold."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"the text holds {text[error.start]!r} at position {error.start}, half a surrogate pair."
-            ) from error
+        """Token ids of `text`, without `<|endoftext|>`."""
+        text.encode()  # raises UnicodeEncodeError for half a surrogate pair, and names the place; sentencepiece does not
         first, *rest = (self._pieces.encode(part) for part in text.split(SPACE_MARK))
         return first + [token for part in rest for token in (*self._space_mark, *part)]
 

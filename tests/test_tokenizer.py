@@ -48,7 +48,7 @@ def test_newline_end_of_text_and_torn_characters_have_tokens_of_their_own(learne
     assert learned.piece(learned.eot) == END_OF_TEXT
     assert learned.decode([learned.eot, *learned.encode("a kite"), learned.eot]) == "a kite"
     assert set(learned.decode(learned.encode("🐢")[:2])) == {"\ufffd"}
-    with pytest.raises(TokenizerError, match="position 7"):
+    with pytest.raises(UnicodeEncodeError, match="position 7"):
         learned.encode("a boat \udfff there")
 
 
