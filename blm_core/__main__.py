@@ -2,17 +2,18 @@
 
 import argparse
 import json
-import os
-import stat
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from blm_core import config as configuration
+from blm_core import pipeline
+from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, ConfigError, Preset
+from blm_core.data import read_stories
+from blm_core.evaluate import score
 from blm_core.files import read_json
-
-BEGINNING = "Once upon a time"
+from blm_core.generate import Sampling, complete, stream
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     command("summary", _summary, "Print what a run of the notebooks found.", preset=True)
 
     generate = command("generate", _generate, "Write stories.")
-    generate.add_argument("--prompt", help=f"the beginning (default: standard input if piped, else {BEGINNING!r})")
+    generate.add_argument("--prompt", default="Once upon a time", help="the beginning (default: %(default)r)")
     generate.add_argument("--n", type=int, default=1, help="how many stories")
     sampling_arguments(generate)
 
@@ -61,9 +62,7 @@ def sampling_arguments(parser: argparse.ArgumentParser, max_tokens: int = 0) -> 
     parser.add_argument("--seed", type=int, default=1)
 
 
-def sampling_of(args):
-    from blm_core.generate import Sampling
-
+def sampling_of(args) -> Sampling:
     return Sampling(args.temperature, args.top_k, args.top_p, args.max_tokens, args.seed)
 
 
@@ -76,19 +75,14 @@ def carry_out(parser: argparse.ArgumentParser, arguments: list[str] | None) -> i
     args = parser.parse_args(arguments)
     try:
         return args.run(args) or 0
-    except (RuntimeError, ValueError, OSError) as error:
-        if type(error).__module__.startswith("blm_core") or isinstance(error, OSError | ValueError):
-            print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
-            return 1
-        raise
-    except KeyboardInterrupt as stopped:
-        print(f"{parser.prog} {args.command}: {stopped or 'stopped'}", file=sys.stderr)
-        return 130
+    except (RuntimeError, ValueError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, RuntimeError) and not type(error).__module__.startswith("blm_core"):
+            raise  # PyTorch's own, which needs its traceback
+        print(f"{parser.prog} {args.command}: {error or 'stopped'}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 1
 
 
 def _train(args) -> None:
-    from blm_core import pipeline
-
     summary = pipeline.run(preset_of(args))
     if summary:  # of several processes the first alone has one
         print(json.dumps(summary, indent=1))
@@ -98,38 +92,32 @@ def _config(args) -> None:
     print(json.dumps(configuration.to_dict(preset_of(args)), indent=1))
 
 
-def _generate(args) -> None:
-    from blm_core.checkpoint import load_model
-    from blm_core.generate import complete, stream
+def _summary(args) -> None:
+    folder = preset_of(args).folder
+    results = read_json(folder / "results.json")
+    if not results:
+        raise ConfigError(f"{folder} holds no results; run the notebooks first.")
+    for section, values in results.items():
+        for name, value in values.items():
+            print(f"{section}.{name}: {value}")
+    print(f"notebooks in {folder / 'notebooks'}, model in {folder / 'run' / 'model'}")
 
+
+def _generate(args) -> None:
     if args.n < 1:
         raise ConfigError(f"--n {args.n} must be at least 1.")
-    sampling = sampling_of(args)
-    model, tokenizer = load_model(args.model, args.device)
-    prompt = _piped() if args.prompt is None else args.prompt
-    if args.n == 1:
-        print(prompt, end="", flush=True)
-        for text in stream(model, tokenizer, prompt, sampling):
-            print(text, end="", flush=True)
-        print()
+    sampling, (model, tokenizer) = sampling_of(args), load_model(args.model, args.device)
+    if args.n > 1:
+        for i, text in enumerate(complete(model, tokenizer, [args.prompt] * args.n, sampling), 1):
+            print(f"--- {i} ---\n{args.prompt}{text}")
         return
-    for i, text in enumerate(complete(model, tokenizer, [prompt] * args.n, sampling), 1):
-        print(f"--- {i} ---\n{prompt}{text}")
-
-
-def _piped() -> str:
-    """Standard input without its last newline where it is a pipe or a file, else BEGINNING."""
-    kind = os.fstat(sys.stdin.fileno()).st_mode
-    if stat.S_ISFIFO(kind) or stat.S_ISREG(kind):
-        return sys.stdin.read().removesuffix("\n")
-    return BEGINNING
+    print(args.prompt, end="", flush=True)
+    for text in stream(model, tokenizer, args.prompt, sampling):
+        print(text, end="", flush=True)
+    print()
 
 
 def _evaluate(args) -> None:
-    from blm_core.checkpoint import load_model
-    from blm_core.data import read_stories
-    from blm_core.evaluate import score
-
     stories = read_stories(args.text, args.normalise)
     model, tokenizer = load_model(args.model, args.device)
     result = score(model, tokenizer, stories)[0].as_dict()
@@ -139,32 +127,6 @@ def _evaluate(args) -> None:
     else:
         print(f"{result['stories']:,} stories, {result['bytes']:,} bytes, {result['tokens']:,} tokens")
         print(f"{result['bits_per_byte']:.4f} bits per byte [{result['low']:.4f}, {result['high']:.4f}] 95 % bootstrap")
-
-
-def _summary(args) -> None:
-    from blm_core.model import parameter_counts
-    from blm_core.train import RunError
-
-    preset = preset_of(args)
-    folder = preset.folder
-    data, tokens, run = (read_json(folder / p) for p in ("data/manifest.json", "tokens/manifest.json", "run/summary.json"))
-    if not (data and tokens and run):
-        raise RunError(f"{folder} holds no finished run; run the notebooks first.")
-    dropped = {reason: count for reason, count in data["drops"].items() if count}
-    facts = {
-        "preset": preset.name,
-        "stories": f"{data['read']:,} read, {sum(data['stories'].values()):,} kept {data['stories']}",
-        "dropped": f"{sum(dropped.values()):,} {dropped}",
-        "tokens": f"{tokens['tokens']['train']:,} at hand, {run['tokens']:,} trained on ({run['epochs']:.1f} epochs)",
-        "parameters": f"{parameter_counts(preset.model)['total']:,}",
-        "validation": f"{run['validation_bits_per_byte']:.3f} bits per byte ({run['validation_split']})",
-        "training": f"{run['seconds']:,.0f} s on {run['device']}, PyTorch {run['torch']}",
-        "a story": read_json(folder / "results.json", {}).get("samples", {}).get("story", ""),
-        "notebooks": folder / "notebooks",
-        "run": f"{folder / 'run'} (model in model/)",
-    }
-    for name, fact in facts.items():
-        print(f"{name:<12} {fact}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """Presets: everything that a run may vary, as frozen dataclasses.
 
-- One preset is chosen by `BLM_PRESET` (`smoke`, `cpu`, `distilled`, `a100`), else by the machine: `a100` on a large GPU,
-  else `smoke`.
+- One preset is chosen by `BLM_PRESET`, else by the machine: `a100` on a large GPU, else `smoke`.
 - Single values are overridden by `section.key=value`, on the command line or in `BLM_OVERRIDES`.
 - Unknown keys and impossible combinations are refused by name.
-- Places: the archive (`BLM_ARCHIVE`), the official validation file (`BLM_VALIDATION`), the folder written to
-  (`BLM_BUILD`).
+- `BLM_ARCHIVE` and `BLM_VALIDATION` name other stories, `BLM_BUILD` the folder written to.
 """
 
 import dataclasses
@@ -36,13 +34,13 @@ def _within(config, interval: str, *names: str) -> None:
     low, high = map(float, interval[1:-1].split(","))
     for name in names:
         found = getattr(config, name)
-        above = found >= low if interval[0] == "[" else found > low
-        below = found <= high if interval[-1] == "]" else found < high
-        _require(above and below, f"{config.section}.{name}", found, f"in {interval}")
+        inside = low <= found <= high and (found != low or interval[0] == "[") and (found != high or interval[-1] == "]")
+        _require(inside, f"{config.section}.{name}", found, f"in {interval}")
 
 
-def _one_of(config, name: str, *values: str) -> None:
-    _require(getattr(config, name) in values, f"{config.section}.{name}", getattr(config, name), " or ".join(values))
+def _one_of(config, **choices: tuple[str, ...]) -> None:
+    for name, values in choices.items():
+        _require(getattr(config, name) in values, f"{config.section}.{name}", getattr(config, name), " or ".join(values))
 
 
 def build() -> Path:
@@ -73,7 +71,6 @@ class TokenizerConfig:
 
     section: ClassVar[str] = "tokenizer"
     vocab_size: int = 4096
-    model_type: str = "bpe"
     max_stories: int = 200_000  # stories that the vocabulary is learned from
     sweep: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)  # vocabulary sizes compared in 02_tokenizer
     # Copies of the data set separate paragraphs by one newline or by two. Cleaning keeps one; this share of the
@@ -81,9 +78,7 @@ class TokenizerConfig:
     blank_line_share: float = 0.125
 
     def __post_init__(self):
-        _one_of(self, "model_type", "bpe", "unigram")
-        for size in (self.vocab_size, *self.sweep):  # 259 = 256 bytes, unknown, end of text, newline
-            _require(300 <= size <= 65_536, "tokenizer.vocab_size", size, "between 300 and 65536 (16-bit tokens)")
+        _within(self, "[300, 65536]", "vocab_size")  # from the 256 bytes and some pieces to what 16 bits can name
         _within(self, "[1, inf)", "max_stories")
         _within(self, "[0, 1]", "blank_line_share")
 
@@ -124,9 +119,7 @@ class ModelConfig:
         _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
         _within(self, "[0, 1)", "dropout")
         _within(self, "(0, inf)", "rope_base", "norm_eps", "init_std")
-        _one_of(self, "norm", "rms", "layer")
-        _one_of(self, "position", "rope", "learned")
-        _one_of(self, "feed_forward", "swiglu", "gelu")
+        _one_of(self, norm=("rms", "layer"), position=("rope", "learned"), feed_forward=("swiglu", "gelu"))
 
 
 @dataclass(frozen=True)
@@ -139,13 +132,13 @@ class TrainConfig:
     batch_size: int = 32  # windows of `seq_len` tokens per step
     micro_batch_size: int = 32  # windows per forward pass and process
     max_stories: int = 0  # train on the first so many stories only; 0 takes all
-    isolate_stories: bool = False  # forbid attention between the stories of a window
+    isolate_stories: bool = True  # forbid attention between the stories of a window
     optimizer: str = "muon"  # for the matrices of the blocks, AdamW for the rest; or "adamw" for all
     learning_rate: float = 1e-3
     schedule: str = "cosine"  # or "wsd": warm-up, stable, decay
-    warmup_steps: int = 100
+    warmup_steps: int = 200
     decay_share: float = 0.2  # of the steps, for "wsd"
-    final_learning_rate: float = 0.1  # share of the peak that is left at the end
+    final_learning_rate: float = 0.0  # share of the peak that is left at the end
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95  # of Muon
@@ -155,20 +148,18 @@ class TrainConfig:
     device: str = "auto"  # cuda if there is one, else cpu
     dtype: str = "auto"  # of autocast: bfloat16, or float32 for none; auto is bfloat16 where the device multiplies it fast
     compile: bool = False
-    eval_every: int = 100  # steps
-    eval_stories: int = 200
+    eval_every: int = 400  # steps
+    eval_stories: int = 400
     log_every: int = 10  # steps
     checkpoint_minutes: float = 5.0
     wandb: bool = False
 
     def __post_init__(self):
-        _one_of(self, "schedule", "cosine", "wsd")
-        _one_of(self, "dtype", "auto", "bfloat16", "float32")
-        _one_of(self, "optimizer", "muon", "adamw")
+        _one_of(self, schedule=("cosine", "wsd"), dtype=("auto", "bfloat16", "float32"), optimizer=("muon", "adamw"))
         _within(self, "[1, inf)", "steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every")
-        divides = self.batch_size % self.micro_batch_size == 0
-        _require(divides, "train.micro_batch_size", self.micro_batch_size, f"a divisor of {self.batch_size=}")
-        _require(0 <= self.warmup_steps < self.steps, "train.warmup_steps", self.warmup_steps, f"below {self.steps=}")
+        size, warmup = self.micro_batch_size, self.warmup_steps
+        _require(self.batch_size % size == 0, "train.micro_batch_size", size, f"a divisor of {self.batch_size=}")
+        _require(0 <= warmup < self.steps, "train.warmup_steps", warmup, f"below {self.steps=}")
         _within(self, "[0, 1)", "beta1", "beta2", "momentum")
         _within(self, "[0, 1]", "final_learning_rate", "teacher_weight")
         _within(self, "(0, 1)", "learning_rate")
@@ -193,10 +184,9 @@ class Preset:
 
     def __post_init__(self):
         _require(self.samples >= 1, "samples", self.samples, "at least 1")
-        learned, size = self.tokenizer.vocab_size, self.model.vocab_size
+        learned, size, weight = self.tokenizer.vocab_size, self.model.vocab_size, self.train.teacher_weight
         _require(size == learned, "model.vocab_size", size, f"equal to tokenizer.vocab_size ({learned})")
-        fits = bool(self.teachers) == (self.train.teacher_weight > 0)
-        _require(fits, "train.teacher_weight", self.train.teacher_weight, "above 0 with teachers, and 0 without")
+        _require(bool(self.teachers) == (weight > 0), "train.teacher_weight", weight, "above 0 with teachers, and 0 without")
 
     def teacher(self, number: int) -> "Preset":
         """The preset of teacher `number`, from 0."""
@@ -213,103 +203,102 @@ class Preset:
         return build() / self.name
 
 
-PRESETS = {
-    "smoke": Preset(
-        name="smoke",
-        data=DataConfig(archive=SAMPLE, validation_file="", validation_share=0.1),
-        tokenizer=TokenizerConfig(vocab_size=512, sweep=(320, 512, 1024)),
-        model=ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=176, seq_len=128),
-        train=TrainConfig(
-            steps=150, batch_size=16, micro_batch_size=16, learning_rate=4e-3, warmup_steps=15, eval_every=50, eval_stories=20
-        ),
-        samples=2,
-        opponent="",
+SMOKE = Preset(
+    name="smoke",
+    data=DataConfig(archive=SAMPLE, validation_file="", validation_share=0.1),
+    tokenizer=TokenizerConfig(vocab_size=512, sweep=(320, 512, 1024)),
+    model=ModelConfig(vocab_size=512, n_layers=2, d_model=64, n_heads=4, n_kv_heads=2, d_ff=176, seq_len=128),
+    train=TrainConfig(
+        steps=150,
+        batch_size=16,
+        micro_batch_size=16,
+        isolate_stories=False,
+        learning_rate=4e-3,
+        warmup_steps=15,
+        final_learning_rate=0.1,
+        eval_every=50,
+        eval_stories=20,
     ),
-    # The proxy that the experiments of `study.py` vary: a minute and a half on two cores.
-    "study": Preset(
-        name="study",
-        tokenizer=TokenizerConfig(vocab_size=2048, sweep=(2048,)),
-        model=ModelConfig(vocab_size=2048, n_layers=4, d_model=96, n_heads=3, n_kv_heads=3, d_ff=256),
-        train=TrainConfig(
-            steps=250,
-            isolate_stories=True,
-            batch_size=8,
-            micro_batch_size=8,
-            learning_rate=1.6e-2,
-            warmup_steps=25,
-            final_learning_rate=0.0,
-            eval_every=125,
-            eval_stories=200,
-        ),
-        opponent="",
+    samples=2,
+    opponent="",
+)
+# The proxy that the experiments of `study.py` vary: a minute and a half on two cores.
+STUDY = Preset(
+    name="study",
+    tokenizer=TokenizerConfig(vocab_size=2048, sweep=(2048,)),
+    model=ModelConfig(vocab_size=2048, n_layers=4, d_model=96, n_heads=3, n_kv_heads=3, d_ff=256),
+    train=TrainConfig(
+        steps=250, batch_size=8, micro_batch_size=8, learning_rate=1.6e-2, warmup_steps=25, eval_every=125, eval_stories=200
     ),
-    # 4,400 steps of 8,192 tokens are 36 M tokens, some eight epochs of the stories at hand, so dropout pays: two to three hours
-    # on two cores that multiply bfloat16.
-    "cpu": Preset(
-        name="cpu",
-        model=ModelConfig(n_layers=8, d_model=256, n_heads=4, n_kv_heads=2, d_ff=704, dropout=0.1),
-        train=TrainConfig(
-            steps=4400,
-            isolate_stories=True,
-            batch_size=16,
-            micro_batch_size=8,
-            learning_rate=8e-3,
-            warmup_steps=200,
-            final_learning_rate=0.0,
-            compile=True,
-            eval_every=400,
-            eval_stories=400,
-        ),
+    opponent="",
+)
+# 4,400 steps of 8,192 tokens are 36 M tokens, some eight epochs of the stories at hand, so dropout pays: two to three
+# hours on two cores that multiply bfloat16.
+CPU = Preset(
+    name="cpu",
+    model=ModelConfig(n_layers=8, d_model=256, n_heads=4, n_kv_heads=2, d_ff=704, dropout=0.1),
+    train=TrainConfig(steps=4400, batch_size=16, micro_batch_size=8, learning_rate=8e-3, compile=True),
+)
+# Text is scarce and a GPU is fast: four wider models with other seeds learn it first, and the model learns from their
+# mean prediction beside the text itself. Minutes on an H200.
+DISTILLED = Preset(
+    name="distilled",
+    model=ModelConfig(n_layers=12, d_model=256, n_heads=4, n_kv_heads=2, d_ff=704, dropout=0.1),
+    train=TrainConfig(steps=4800, learning_rate=6e-3, teacher_weight=0.7, compile=True),
+    teachers=tuple(
+        f"train.seed={seed} train.steps=3600 train.learning_rate={rate} train.weight_decay={decay} model.dropout={dropout} "
+        "model.n_layers=8 model.d_model=384 model.n_heads=6 model.n_kv_heads=3 model.d_ff=1056"
+        for seed, rate, decay, dropout in ((2, 3e-3, 0.3, 0.15), (3, 4e-3, 0.1, 0.2), (4, 4e-3, 0.3, 0.1), (5, 6e-3, 0.2, 0.15))
     ),
-    # Text is scarce and a GPU is fast: four wider models with other seeds learn it first, and the model learns from their mean
-    # prediction beside the text itself. Minutes on an H200.
-    "distilled": Preset(
-        name="distilled",
-        model=ModelConfig(n_layers=12, d_model=256, n_heads=4, n_kv_heads=2, d_ff=704, dropout=0.1),
-        train=TrainConfig(
-            steps=4800,
-            isolate_stories=True,
-            batch_size=32,
-            micro_batch_size=32,
-            learning_rate=6e-3,
-            warmup_steps=200,
-            final_learning_rate=0.0,
-            teacher_weight=0.7,
-            compile=True,
-            eval_every=400,
-            eval_stories=400,
-        ),
-        teachers=tuple(
-            f"train.seed={seed} train.steps=3600 train.learning_rate={rate} train.weight_decay={decay} model.dropout={dropout} "
-            "model.n_layers=8 model.d_model=384 model.n_heads=6 model.n_kv_heads=3 model.d_ff=1056"
-            for seed, rate, decay, dropout in (
-                (2, 3e-3, 0.3, 0.15),
-                (3, 4e-3, 0.1, 0.2),
-                (4, 4e-3, 0.3, 0.1),
-                (5, 6e-3, 0.2, 0.15),
-            )
-        ),
+)
+# 20,000 steps of 524,288 tokens are 10.5 B tokens; the reasoning stands in 04_train.
+A100 = Preset(
+    name="a100",
+    tokenizer=TokenizerConfig(vocab_size=8192, max_stories=500_000, sweep=(2048, 4096, 8192, 16_384, 32_768)),
+    model=ModelConfig(vocab_size=8192, n_layers=12, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536),
+    train=TrainConfig(
+        steps=20_000,
+        batch_size=1024,
+        micro_batch_size=128,
+        learning_rate=4e-3,
+        warmup_steps=500,
+        dtype="bfloat16",
+        compile=True,
+        eval_every=500,
+        eval_stories=2000,
     ),
-    # 20,000 steps of 524,288 tokens are 10.5 B tokens; the reasoning stands in 04_train.
-    "a100": Preset(
-        name="a100",
-        tokenizer=TokenizerConfig(vocab_size=8192, max_stories=500_000, sweep=(2048, 4096, 8192, 16_384, 32_768)),
-        model=ModelConfig(vocab_size=8192, n_layers=12, d_model=576, n_heads=9, n_kv_heads=3, d_ff=1536),
-        train=TrainConfig(
-            steps=20_000,
-            isolate_stories=True,
-            batch_size=1024,
-            micro_batch_size=128,
-            learning_rate=4e-3,
-            warmup_steps=500,
-            final_learning_rate=0.0,
-            dtype="bfloat16",
-            compile=True,
-            eval_every=500,
-            eval_stories=2000,
-        ),
-    ),
-}
+)
+PRESETS = {preset.name: preset for preset in (SMOKE, STUDY, CPU, DISTILLED, A100)}
+
+
+def settings(preset: Preset) -> dict:
+    """Every key that `override` knows, with its value."""
+    known = {}
+    for name, part in vars(preset).items():
+        if dataclasses.is_dataclass(part):
+            known |= {f"{name}.{key}": value for key, value in vars(part).items()}
+        elif name != "name":
+            known[name] = part
+    return known
+
+
+def override(preset: Preset, assignments: list[str]) -> Preset:
+    """A preset with `section.key=value` applied.
+
+    Setting `tokenizer.vocab_size` or `model.vocab_size` sets both. All assignments are applied before the result is checked,
+    so that values that only fit together can be changed together. Raises ConfigError.
+    """
+    known, changed = settings(preset), {}
+    for assignment in assignments:
+        key, equals, text = map(str.strip, assignment.partition("="))
+        if not equals or key not in known:
+            raise ConfigError(f"unknown setting {assignment!r}; use section.key=value with one of: {', '.join(known)}")
+        for same in ("tokenizer.vocab_size", "model.vocab_size") if key.endswith(".vocab_size") else (key,):
+            section, _, name = same.rpartition(".")
+            changed.setdefault(section, {})[name] = _parse(text, known[key], key)
+    plain = changed.pop("", {})
+    parts = {section: dataclasses.replace(getattr(preset, section), **values) for section, values in changed.items()}
+    return dataclasses.replace(preset, **parts, **plain)
 
 
 def _parse(text: str, example, key: str):
@@ -318,72 +307,25 @@ def _parse(text: str, example, key: str):
         if isinstance(example, bool):
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
         if isinstance(example, tuple):
-            items = [item for item in text.split(",") if item]
-            return tuple(int(item) for item in items) if example and isinstance(example[0], int) else tuple(items)
+            return tuple(type(example[0] if example else "")(item) for item in text.split(",") if item)
         return type(example)(text)
     except (KeyError, ValueError):
         raise ConfigError(f"{key} = {text!r} cannot be read as {type(example).__name__} (now {example!r}).") from None
 
 
-def override(preset: Preset, assignments: list[str]) -> Preset:
-    """A preset with `section.key=value` applied.
-
-    Setting `tokenizer.vocab_size` or `model.vocab_size` sets both. All assignments are applied before the result
-    is checked, so that values that only fit together can be changed together.
-
-    Raises ConfigError for an unknown key, an unreadable value or an impossible combination.
-    """
-    changes: dict[str, dict] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        section, _, name = key.strip().rpartition(".")
-        part = getattr(preset, section, None) if section else preset
-        known = [f.name for f in dataclasses.fields(part)] if dataclasses.is_dataclass(part) else []
-        if not equals or name not in known or dataclasses.is_dataclass(getattr(part, name)) or key.strip() == "name":
-            raise ConfigError(f"unknown setting {assignment!r}; use section.key=value with one of: {', '.join(keys(preset))}")
-        value = _parse(text.strip(), getattr(part, name), key)
-        changes.setdefault(section, {})[name] = value
-        if name == "vocab_size":
-            changes.setdefault("model", {})[name] = changes.setdefault("tokenizer", {})[name] = value
-    plain = changes.pop("", {})
-    parts = {section: dataclasses.replace(getattr(preset, section), **values) for section, values in changes.items()}
-    return dataclasses.replace(preset, **parts, **plain)
-
-
-def keys(preset: Preset) -> list[str]:
-    """Every key that `override` knows."""
-    found = []
-    for part in dataclasses.fields(preset):
-        value = getattr(preset, part.name)
-        if dataclasses.is_dataclass(value):
-            found += [f"{part.name}.{f.name}" for f in dataclasses.fields(value)]
-        elif part.name != "name":
-            found.append(part.name)
-    return found
-
-
-def choose(named: str | None, gpu: tuple[str, int, bool] | None) -> tuple[str, str]:
-    """The preset's name and why it was taken: `named`, else by the GPU's name, bytes of memory and whether it has bfloat16."""
-    if named:
-        return named, f"BLM_PRESET is {named}"
-    if gpu is None:
-        return "smoke", "BLM_PRESET is not set and there is no GPU"
-    name, size, bfloat16 = gpu
-    found = f"BLM_PRESET is not set and the GPU is {name}, {size / 1e9:.0f} GB, {'with' if bfloat16 else 'without'} bfloat16"
-    if bfloat16 and size >= GPU_BYTES:
-        return "a100", found
-    return "smoke", f"{found}; a100 needs bfloat16 and {GPU_BYTES / 1e9:.0f} GB"
-
-
 def chosen() -> tuple[str, str]:
-    """The name of the preset that `load` takes on this machine, and why."""
+    """The name of the preset that `load` takes on this machine, and why: BLM_PRESET, else what fits the GPU."""
+    if named := os.environ.get("BLM_PRESET"):
+        return named, f"BLM_PRESET is {named}"
     import torch  # not above: the processes that clean stories import this module and need no PyTorch
 
-    gpu = None
-    if torch.cuda.is_available():
-        found = torch.cuda.get_device_properties(0)
-        gpu = found.name, found.total_memory, found.major >= 8  # bfloat16 in hardware: Ampere and later
-    return choose(os.environ.get("BLM_PRESET"), gpu)
+    if not torch.cuda.is_available():
+        return "smoke", "BLM_PRESET is not set and there is no GPU"
+    gpu = torch.cuda.get_device_properties(0)
+    found = f"BLM_PRESET is not set and the GPU is {gpu.name}, {gpu.total_memory / 1e9:.0f} GB"
+    if gpu.major >= 8 and gpu.total_memory >= GPU_BYTES:  # Ampere and later multiply bfloat16
+        return "a100", found
+    return "smoke", f"{found}; a100 needs bfloat16 and {GPU_BYTES / 1e9:.0f} GB"
 
 
 def introduce(preset: Preset) -> str:
@@ -397,19 +339,15 @@ def introduce(preset: Preset) -> str:
 
 
 def load(name: str | None = None, overrides: list[str] | None = None) -> Preset:
-    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied.
-
-    Raises ConfigError.
-    """
+    """The preset `name` (or the one that `chosen` names) with the environment's and the given overrides applied."""
     name = name or chosen()[0]
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; BLM_PRESET may be one of: {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    places = {"archive": os.environ.get("BLM_ARCHIVE"), "validation_file": os.environ.get("BLM_VALIDATION")}
+    places = {"data.archive": "BLM_ARCHIVE", "data.validation_file": "BLM_VALIDATION"}
     if name == "smoke":  # always the embedded sample: it has to run the same everywhere
         places = {}
-    preset = dataclasses.replace(preset, data=dataclasses.replace(preset.data, **{k: v for k, v in places.items() if v}))
-    return override(preset, os.environ.get("BLM_OVERRIDES", "").split() + list(overrides or []))
+    named = [f"{key}={os.environ[variable]}" for key, variable in places.items() if os.environ.get(variable)]
+    return override(PRESETS[name], [*named, *os.environ.get("BLM_OVERRIDES", "").split(), *(overrides or [])])
 
 
 def to_dict(config) -> dict:

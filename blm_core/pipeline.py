@@ -17,24 +17,33 @@ from blm_core.config import ConfigError, Preset
 from blm_core.tokenizer import Tokenizer
 
 
+@contextlib.contextmanager
+def _alone(preset: Preset):
+    """One process prepares at a time; the others, of `torchrun` or of a second notebook, wait and find its work."""
+    preset.folder.mkdir(parents=True, exist_ok=True)
+    with open(preset.folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def stories(preset: Preset) -> dict:
     """Clean and split the archive; its manifest."""
     with _alone(preset):
-        return _stories(preset)
+        return data.prepare(preset.data, preset.folder / "data")
 
 
 def tokenizer(preset: Preset) -> Tokenizer:
     """The vocabulary, after `stories`."""
+    stories(preset)
     with _alone(preset):
-        return _tokenizer(preset)
+        return shards.prepare_tokenizer(preset.tokenizer, preset.folder / "data", preset.folder / "tokenizer")
 
 
 def tokens(preset: Preset) -> dict:
     """Encoded stories, after `tokenizer`; their manifest."""
+    vocabulary, share = tokenizer(preset), preset.tokenizer.blank_line_share
     with _alone(preset):
-        return shards.encode_splits(
-            preset.folder / "data", _tokenizer(preset), preset.folder / "tokens", preset.tokenizer.blank_line_share
-        )
+        return shards.encode_splits(preset.folder / "data", vocabulary, preset.folder / "tokens", share)
 
 
 def run(preset: Preset) -> dict:
@@ -50,21 +59,3 @@ def run(preset: Preset) -> dict:
     for number, folder in enumerate(teachers):
         train.train(preset.teacher(number), encoded, vocabulary, folder)
     return train.train(preset, encoded, vocabulary, preset.folder / "run", teachers=teachers)
-
-
-def _stories(preset: Preset) -> dict:
-    return data.prepare(preset.data, preset.folder / "data")
-
-
-def _tokenizer(preset: Preset) -> Tokenizer:
-    split_hash = _stories(preset)["split_hash"]
-    return shards.prepare_tokenizer(preset.tokenizer, preset.folder / "data", preset.folder / "tokenizer", split_hash)
-
-
-@contextlib.contextmanager
-def _alone(preset: Preset):
-    """One process prepares at a time; the others, of `torchrun` or of a second notebook, wait and find its work."""
-    preset.folder.mkdir(parents=True, exist_ok=True)
-    with open(preset.folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -1,6 +1,6 @@
 """A sentencepiece vocabulary in which any text survives encoding and decoding unchanged.
 
-- Byte-pair encoding (or unigram), identity normalisation, byte fallback, newline as a piece of its own.
+- Byte-pair encoding, identity normalisation, byte fallback, newline as a piece of its own.
 - `<|endoftext|>` is a control symbol: it stands before and after every story, and no text can produce it.
 """
 
@@ -18,7 +18,7 @@ SPACE_MARK = "\u2581"
 
 
 class TokenizerError(ValueError):
-    """A vocabulary that cannot be learned or loaded, or text that is not text."""
+    """A vocabulary that cannot be learned or loaded."""
 
 
 class Tokenizer:
@@ -44,13 +44,8 @@ class Tokenizer:
         return sha256(self.path)[:16]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without `<|endoftext|>`. Raises TokenizerError for text that UTF-8 cannot hold."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise TokenizerError(
-                f"the text holds {text[error.start]!r} at position {error.start}, half a surrogate pair."
-            ) from error
+        """Token ids of `text`, without `<|endoftext|>`."""
+        text.encode()  # raises UnicodeEncodeError for half a surrogate pair, and names the place; sentencepiece does not
         first, *rest = (self._pieces.encode(part) for part in text.split(SPACE_MARK))
         return first + [token for part in rest for token in (*self._space_mark, *part)]
 
@@ -64,21 +59,16 @@ class Tokenizer:
     def score(self, token: int) -> float:
         return self._pieces.get_score(int(token))
 
-    @property
-    def is_bpe(self) -> bool:
-        """Whether the vocabulary is a BPE, whose scores are ranks, and not a unigram's, which are log-probabilities."""
-        return all(self.score(i).is_integer() for i in range(len(self)))
-
     def is_normal(self, token: int) -> bool:
         """Whether `token` was learned: no byte, no control symbol, no newline."""
         special = (self._pieces.is_byte, self._pieces.is_control, self._pieces.is_unknown)
         return not any(kind(int(token)) for kind in special) and self.piece(token) != "\n"
 
 
-def train(stories, path: Path, vocab_size: int, model_type: str = "bpe") -> Tokenizer:
+def train(stories, path: Path, vocab_size: int) -> Tokenizer:
     """Learn `vocab_size` pieces from an iterable of stories and write them to `path`.
 
-    Raises TokenizerError where the stories do not yield that many pieces.
+    Raises TokenizerError where the stories do not yield that many pieces, or need more; it names the bound.
     """
     model = io.BytesIO()
     try:
@@ -86,7 +76,7 @@ def train(stories, path: Path, vocab_size: int, model_type: str = "bpe") -> Toke
             sentence_iterator=iter(stories),
             model_writer=model,
             vocab_size=vocab_size,
-            model_type=model_type,
+            model_type="bpe",
             byte_fallback=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
@@ -105,22 +95,10 @@ def train(stories, path: Path, vocab_size: int, model_type: str = "bpe") -> Toke
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise TokenizerError(f"no vocabulary of {vocab_size} pieces can be learned from these stories: {error}") from error
+        # sentencepiece states the bound that the size breaks, below or above
+        most, least = (re.search(bound, str(error)) for bound in (r"too high.*<= (\d+)", r"required_chars\. \d+ vs (\d+)"))
+        why = f"at most {most[1]}" if most else f"at least {least[1]}" if least else error
+        raise TokenizerError(f"{vocab_size} pieces cannot be learned from these stories: {why}") from error
     with written_aside(path) as aside:
         aside.write_bytes(model.getvalue())
     return Tokenizer(path)
-
-
-def sweep(stories: list[str], sizes, folder: Path, model_type: str = "bpe") -> tuple[list[Tokenizer], dict[int, str]]:
-    """Vocabularies of several sizes learned from the same stories; of those that cannot be learned, size and bound."""
-    learned, left_out = [], {}
-    for size in sizes:
-        try:
-            learned.append(train(stories, Path(folder) / f"{size}.model", size, model_type))
-        except TokenizerError as error:
-            most = re.search(r"too high.*<= (\d+)", str(error))  # sentencepiece states the bound that the size breaks
-            least = re.search(r"smaller than required_chars. \d+ vs (\d+)", str(error))
-            if not most and not least:
-                raise
-            left_out[size] = f"{'at most' if most else 'at least'} {int((most or least)[1]):,} pieces"
-    return learned, left_out

@@ -5,7 +5,8 @@ On disk, each split has for every shard
 - a `.bin` file (uint16): the tokens of story after story, each behind its `<|endoftext|>`, read by memory map;
 - a `.npy` file (int64): where each story starts, and the end.
 
-`manifest.json` names inputs, tokenizer and counts, and is written last; what does not agree with it is made again.
+`manifest.json` names inputs, tokenizer and counts, and is written last; where anything does not agree with it, all of it is
+made again.
 
 In training,
 
@@ -16,10 +17,11 @@ In training,
 - the batch of a step depends on the seed and the number of the step alone, so that a run can be resumed anywhere.
 """
 
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -35,33 +37,23 @@ SPLITS = ("train", "validation", "official")
 COUNTS = ("tokens", "stories", "bytes")
 
 
-def prepare_tokenizer(config: TokenizerConfig, stories: Path, folder: Path, split_hash: str) -> Tokenizer:
+def prepare_tokenizer(config: TokenizerConfig, stories: Path, folder: Path) -> Tokenizer:
     """The vocabulary learned from the training stories below `stories`, made now or found in `folder`.
 
     Only the first `max_stories` stories are read: shards of the archive are not sorted.
     """
-    path = Path(folder) / "tokenizer.model"
-    made_from = {
-        "vocab_size": config.vocab_size,
-        "model_type": config.model_type,
-        "max_stories": config.max_stories,
-        "split_hash": split_hash,
-        "inputs": _inputs(stories, "train"),
-    }
-    known = found(path.with_suffix(".json"), made_from)
+    path, note = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
+    made_from = {"vocab_size": config.vocab_size, "max_stories": config.max_stories, "inputs": _inputs(stories, "train")}
+    known = found(note, made_from)
     if known and path.exists() and sha256(path) == known["sha256"]:
         return Tokenizer(path)
-    sample = (story for story, _ in zip(data.read_split(stories, "train"), range(config.max_stories), strict=False))
-    tokenizer = train(sample, path, config.vocab_size, config.model_type)
-    write_json(path.with_suffix(".json"), {"made_from": made_from, "sha256": sha256(path)})
+    tokenizer = train(islice(data.read_split(stories, "train"), config.max_stories), path, config.vocab_size)
+    write_json(note, {"made_from": made_from, "sha256": sha256(path)})
     return tokenizer
 
 
 def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_share: float) -> dict:
-    """Encode every split below `stories` into `folder`; returns the manifest, made now or found.
-
-    Shards are encoded in parallel; after an interruption the finished ones are kept.
-    """
+    """Encode every split below `stories` into `folder`, shards in parallel; returns the manifest, made now or found."""
     folder = Path(folder)
     made_from = {
         "tokenizer": tokenizer.hash,
@@ -74,15 +66,11 @@ def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_
     (folder / "manifest.json").unlink(missing_ok=True)
     splits = {}
     for split in SPLITS:
-        paths = data.split_files(stories, split)
-        share = blank_line_share if split == "train" else 0.0
+        paths, share = data.split_files(stories, split), blank_line_share if split == "train" else 0.0
         work = partial(_encode_shard, model=tokenizer.path, folder=folder, blank_line_share=share)
         splits[split] = data.pooled(work, paths, f"encoding {split}") if paths else []
-    manifest = {
-        "made_from": made_from,
-        "splits": splits,
-        **{what: {name: sum(shard[what] for shard in made) for name, made in splits.items()} for what in COUNTS},
-    }
+    counts = {what: {split: sum(shard[what] for shard in splits[split]) for split in SPLITS} for what in COUNTS}
+    manifest = {"made_from": made_from, "splits": splits, **counts}
     write_json(folder / "manifest.json", manifest)
     return manifest
 
@@ -92,25 +80,13 @@ def _inputs(stories: Path, split: str) -> dict[str, int]:
 
 
 def _whole(folder: Path, shard: dict) -> bool:
-    tokens, offsets = (folder / f"{shard['name']}{suffix}" for suffix in (".bin", ".npy"))
-    return tokens.is_file() and tokens.stat().st_size == 2 * shard["tokens"] and offsets.is_file()
-
-
-@lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    return Tokenizer(path)
+    tokens, starts = (folder / f"{shard['name']}{suffix}" for suffix in (".bin", ".npy"))
+    return tokens.is_file() and tokens.stat().st_size == 2 * shard["tokens"] and starts.is_file()
 
 
 def _encode_shard(path: Path, model: Path, folder: Path, blank_line_share: float) -> dict:
-    """Encode one file of stories; a finished shard made from the same input is kept."""
-    tokenizer = _tokenizer(model)
-    note = folder / f"{path.stem}.json"
-    made_from = {"input": sha256(path), "tokenizer": tokenizer.hash, "blank_line_share": blank_line_share}
-    known = found(note, made_from)
-    if known and _whole(folder, known):
-        return known
-    note.unlink(missing_ok=True)
-    offsets, size = [0], 0
+    """Encode one file of stories; its name and counts."""
+    tokenizer, starts, size = Tokenizer(model), [0], 0
     with written_aside(folder / f"{path.stem}.bin") as aside, open(aside, "wb") as out:
         for record in read_json_lines(path):
             story = record["story"]
@@ -118,13 +94,10 @@ def _encode_shard(path: Path, model: Path, folder: Path, blank_line_share: float
                 story = story.replace("\n", "\n\n")
             tokens = np.array([tokenizer.eot, *tokenizer.encode(story)], dtype=np.uint16)
             out.write(tokens.tobytes())
-            offsets.append(offsets[-1] + len(tokens))
+            starts.append(starts[-1] + len(tokens))
             size += len(story.encode())
-    with written_aside(folder / f"{path.stem}.npy") as aside, open(aside, "wb") as out:
-        np.save(out, np.array(offsets, dtype=np.int64))
-    done = {"name": path.stem, "made_from": made_from, "stories": len(offsets) - 1, "tokens": offsets[-1], "bytes": size}
-    write_json(note, done)
-    return done
+    np.save(folder / f"{path.stem}.npy", np.array(starts, dtype=np.int64))
+    return {"name": path.stem, "stories": len(starts) - 1, "tokens": starts[-1], "bytes": size}
 
 
 class TokenStories:
@@ -218,10 +191,7 @@ class Batches:
             start, length = self._start[piece], self._length[piece]
             at = slice(end, end + length)
             out[0, at] = story[start : start + length]
-            follow = story[start + 1 : start + length + 1]
-            out[1, end : end + len(follow)] = follow
-            if len(follow) < length:
-                out[1, end + length - 1] = story[0]
+            out[1, at] = np.append(story, story[0])[start + 1 : start + length + 1]
             out[2, at] = number
             end += length
         out[0, end:] = self.stories[0][0]
@@ -236,31 +206,10 @@ class Batches:
 
     def prefetched(self, steps: range, rank: int = 0, world_size: int = 1, ahead: int = 4) -> Iterator[Tensor]:
         """The batches of `steps`, made ahead by a thread. An error in the thread is raised here."""
-        made: queue.Queue = queue.Queue(ahead)
-        stop = threading.Event()
-
-        def put(item) -> None:
-            while not stop.is_set():
-                try:
-                    return made.put(item, timeout=0.2)
-                except queue.Full:
-                    pass
-
-        def work() -> None:
-            try:
-                for step in steps:
-                    if stop.is_set():
-                        return
-                    put(self.batch(step, rank, world_size))
-            except BaseException as error:
-                put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            for _ in steps:
-                item = made.get()
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stop.set()
+        steps = iter(steps)
+        with ThreadPoolExecutor(1) as thread:
+            waiting = deque(thread.submit(self.batch, step, rank, world_size) for step in islice(steps, ahead))
+            while waiting:
+                batch = waiting.popleft().result()
+                waiting.extend(thread.submit(self.batch, step, rank, world_size) for step in islice(steps, 1))
+                yield batch

@@ -4,11 +4,12 @@ import re
 from itertools import product
 
 import pytest
+import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from blm_core import END_OF_TEXT, config
-from blm_core.tokenizer import Tokenizer, TokenizerError, sweep, train
+from blm_core.tokenizer import Tokenizer, TokenizerError, train
 
 STORIES = [
     f'{name} found a {colour} {thing} by the lake.\n"Look," said {name}, "this {thing} is {colour} and 12 years old!"'
@@ -18,9 +19,9 @@ STORIES = [
 ]
 
 
-@pytest.fixture(scope="module", params=["bpe", "unigram"])
-def learned(request, tmp_path_factory) -> Tokenizer:
-    return train(STORIES, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model", 300, request.param)
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Tokenizer:
+    return train(STORIES, tmp_path_factory.mktemp("vocabulary") / "tokenizer.model", 300)
 
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
@@ -30,7 +31,6 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"])) | st.lists(
 
 @settings(max_examples=300)
 @given(text=ANY_TEXT)
-@example(text="")
 @example(text="  two before, two after  ")
 @example(text=f"\n\n{END_OF_TEXT}\n")
 @example(text="\u2581\u2581 \u2581")
@@ -48,56 +48,42 @@ def test_newline_end_of_text_and_torn_characters_have_tokens_of_their_own(learne
     assert learned.piece(learned.eot) == END_OF_TEXT
     assert learned.decode([learned.eot, *learned.encode("a kite"), learned.eot]) == "a kite"
     assert set(learned.decode(learned.encode("🐢")[:2])) == {"\ufffd"}
+    with pytest.raises(UnicodeEncodeError, match="position 7"):
+        learned.encode("a boat \udfff there")
 
 
-@pytest.mark.parametrize(("text", "position"), [("\ud800", 0), ("a boat \udfff there", 7)])
-def test_half_a_surrogate_pair_is_refused_with_its_position(learned, text, position):
-    with pytest.raises(TokenizerError, match=f"position {position}"):
-        learned.encode(text)
+def test_learning_twice_from_the_same_stories_writes_the_same_file(learned, tmp_path):
+    assert train(iter(STORIES), tmp_path / "again.model", 300).hash == learned.hash
+    assert train(STORIES, tmp_path / "other.model", 299).hash != learned.hash
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_learning_twice_from_the_same_stories_writes_the_same_file(tmp_path, model_type):
-    first, second = (train(iter(STORIES), tmp_path / name, 300, model_type) for name in ("a.model", "b.model"))
-    assert first.path.read_bytes() == second.path.read_bytes()
-    assert first.hash == second.hash != train(STORIES, tmp_path / "c.model", 299, model_type).hash
+def refusal(stories: list[str], path, size: int) -> str:
+    with pytest.raises(TokenizerError, match=f"{size} pieces cannot be learned from these stories") as refused:
+        train(stories, path, size)
+    return str(refused.value)
 
 
-@pytest.mark.parametrize(
-    ("stories", "vocab_size"), [(STORIES, 5000), (STORIES, 260), ([], 300)], ids=["too many", "too few", "no story"]
-)
-def test_a_vocabulary_that_the_stories_do_not_yield_is_refused_and_writes_nothing(tmp_path, stories, vocab_size):
-    with pytest.raises(TokenizerError, match=f"{vocab_size} pieces"):
-        train(stories, tmp_path / "tokenizer.model", vocab_size)
+def test_a_sweep_leaves_out_what_few_stories_cannot_yield_and_says_why(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    assert "at least 291" in refusal(STORIES, path, 280)
+    bounds = {re.search(r"at most (\d+)$", refusal(STORIES, path, size))[1] for size in config.PRESETS["a100"].tokenizer.sweep}
+    refusal([], path, 300)
     assert list(tmp_path.iterdir()) == []
+    (most,) = map(int, bounds)
+    assert len(train(STORIES, path, most)) == most
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_a_sweep_leaves_out_what_few_stories_cannot_yield_and_says_why(tmp_path, model_type):
-    learned, left_out = sweep(STORIES, (280, 295, 300, *config.PRESETS["a100"].tokenizer.sweep), tmp_path, model_type)
-    assert [len(vocabulary) for vocabulary in learned] == [295, 300]
-    assert list(left_out) == [280, *config.PRESETS["a100"].tokenizer.sweep]
-    assert left_out[280] == "at least 291 pieces"
-    most = int(re.fullmatch("at most (\\d+) pieces", left_out[32_768])[1])
-    assert len(train(STORIES, tmp_path / "most.model", most, model_type)) == most
-    with pytest.raises(TokenizerError, match="300 pieces"):
-        sweep([], (300,), tmp_path)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"this is no model", b"\x0a\xff\xff\xff"])
+@pytest.mark.parametrize("content", [None, b"", b"this is no model"])
 def test_a_file_that_is_no_vocabulary_is_refused_by_name(tmp_path, content):
     path = tmp_path / "broken.model"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(TokenizerError, match=r"broken\.model"):
+    with pytest.raises(TokenizerError, match=r"broken\.model is not a sentencepiece model"):
         Tokenizer(path)
 
 
 def test_a_sentencepiece_vocabulary_of_another_make_is_refused(tmp_path):
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(STORIES), model_prefix=str(tmp_path / "other"), vocab_size=40, minloglevel=2
-    )
+    stories, other = iter(STORIES), str(tmp_path / "other")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=stories, model_prefix=other, vocab_size=40, minloglevel=2)
     with pytest.raises(TokenizerError, match=r"other\.model has no control symbol"):
         Tokenizer(tmp_path / "other.model")
