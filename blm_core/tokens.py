@@ -64,11 +64,10 @@ def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_
     if manifest and all(_whole(folder, shard) for shards in manifest["splits"].values() for shard in shards):
         return manifest
     (folder / "manifest.json").unlink(missing_ok=True)
-    splits = {}
-    for split in SPLITS:
-        paths, share = data.split_files(stories, split), blank_line_share if split == "train" else 0.0
-        work = partial(_encode_shard, model=tokenizer.path, folder=folder, blank_line_share=share)
-        splits[split] = data.pooled(work, paths, f"encoding {split}") if paths else []
+    paths = {split: data.split_files(stories, split) for split in SPLITS}
+    work = partial(_encode_shard, model=tokenizer.path, folder=folder, blank_line_share=blank_line_share)
+    made = iter(data.pooled(work, [path for split in SPLITS for path in paths[split]], "encoding"))
+    splits = {split: list(islice(made, len(paths[split]))) for split in SPLITS}
     counts = {what: {split: sum(shard[what] for shard in splits[split]) for split in SPLITS} for what in COUNTS}
     manifest = {"made_from": made_from, "splits": splits, **counts}
     write_json(folder / "manifest.json", manifest)
@@ -90,7 +89,8 @@ def _encode_shard(path: Path, model: Path, folder: Path, blank_line_share: float
     with written_aside(folder / f"{path.stem}.bin") as aside, open(aside, "wb") as out:
         for record in read_json_lines(path):
             story = record["story"]
-            if clean.is_held_out(clean.story_key(story[::-1]), blank_line_share):  # a second, independent coin
+            coin = clean.story_key(story[::-1])  # a second one, independent of the split's
+            if path.name.startswith("train") and clean.is_held_out(coin, blank_line_share):
                 story = story.replace("\n", "\n\n")
             tokens = np.array([tokenizer.eot, *tokenizer.encode(story)], dtype=np.uint16)
             out.write(tokens.tobytes())
