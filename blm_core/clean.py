@@ -69,11 +69,7 @@ def tidy_white_space(text: str) -> str:
     return "\n".join(line for line in tidy if line.strip()).strip()
 
 
-REPAIRS = {
-    "mojibake repaired": repair_mojibake,
-    "characters folded": fold_but_kept,
-    "white space tidied": tidy_white_space,
-}
+REPAIRS = {"mojibake repaired": repair_mojibake, "characters folded": fold_but_kept, "white space tidied": tidy_white_space}
 
 
 def repair(text: str) -> tuple[str, list[str]]:

@@ -168,11 +168,7 @@ class LanguageModel(nn.Module):
                 weight.normal_(0, std, generator=generator)
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor | None = None,
-        cache: KeyValueCache | None = None,
-        stories: Tensor | None = None,
+        self, tokens: Tensor, targets: Tensor | None = None, cache: KeyValueCache | None = None, stories: Tensor | None = None
     ) -> Tensor:
         """Logits (B, T, V) in float32 for `tokens` (B, T); with `targets` (B, T), the mean cross-entropy in nats.
 
