@@ -120,7 +120,7 @@ def _generate(args) -> None:
 def _evaluate(args) -> None:
     stories = read_stories(args.text, args.normalise)
     model, tokenizer = load_model(args.model, args.device)
-    result = score(model, tokenizer, stories)[0].as_dict()
+    result = score(model, tokenizer, stories)[0]._asdict()
     result |= {"text": args.text.name, "model": str(args.model), "normalised": args.normalise}
     if args.json:
         print(json.dumps({key: None if value != value else value for key, value in result.items()}))  # JSON has no NaN

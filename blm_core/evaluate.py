@@ -76,7 +76,7 @@ class Interval(NamedTuple):
     high: float
 
 
-def _bootstrap(*groups: tuple[np.ndarray, np.ndarray], resamples: int = RESAMPLES) -> Interval:
+def _bootstrap(*groups: tuple[np.ndarray, np.ndarray]) -> Interval:
     """sum(above) / sum(below) over the units of the first group, less that of a second one, each drawn again from its own."""
     for above, below in groups:
         if above.shape != below.shape or not np.isfinite(above).all() or (below < 0).any() or len(below) > 0 == below.sum():
@@ -92,14 +92,14 @@ def _bootstrap(*groups: tuple[np.ndarray, np.ndarray], resamples: int = RESAMPLE
         value = figure([slice(None)] * len(groups)) if all(sizes) else math.nan
         if min(sizes) < 2:
             return Interval(value, math.nan, math.nan)
-        figures = np.array([figure([rng.integers(size, size=size) for size in sizes]) for _ in range(resamples)])
+        figures = np.array([figure([rng.integers(size, size=size) for size in sizes]) for _ in range(RESAMPLES)])
     low, high = np.quantile(figures[np.isfinite(figures)], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(value, float(low), float(high))
 
 
-def ratio_interval(numerators: ArrayLike, denominators: ArrayLike, resamples: int = RESAMPLES) -> Interval:
+def ratio_interval(numerators: ArrayLike, denominators: ArrayLike) -> Interval:
     """sum(numerators) / sum(denominators) over units that are drawn together, such as bits and bytes of stories; both (n,)."""
-    return _bootstrap((np.asarray(numerators, float), np.asarray(denominators, float)), resamples=resamples)
+    return _bootstrap((np.asarray(numerators, float), np.asarray(denominators, float)))
 
 
 def mean_interval(values: ArrayLike) -> Interval:
@@ -139,9 +139,6 @@ class Score(NamedTuple):
     low: float
     high: float
 
-    def as_dict(self) -> dict:
-        return self._asdict()
-
 
 def score(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> tuple[Score, np.ndarray, np.ndarray]:
     """The score of `stories`, and bits and bytes of each; the end-of-text symbol is neither scored nor counted.
@@ -153,7 +150,7 @@ def score(model: LanguageModel, tokenizer: Tokenizer, stories: list[str]) -> tup
     encoded = [np.array([tokenizer.eot, *tokenizer.encode(story)]) for story in stories]
     sizes = np.array([len(story.encode()) for story in stories])
     bits = np.zeros(len(stories))
-    for start in tqdm(range(0, len(stories), 100), desc="scoring", unit="x100 stories"):
+    for start in tqdm(range(0, len(stories), 100), desc="scoring", unit="x100 stories", leave=False):
         part = slice(start, start + 100)
         bits[part] = story_bits(model, encoded[part], model.config.seq_len, model.device)
     tokens = sum(len(story) - 1 for story in encoded)
