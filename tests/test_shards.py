@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ def check(root: Path, tokenizer: Tokenizer, **splits: list[list[str]]) -> None:
     folder = root / "tokens"
     manifest = read_json(folder / "manifest.json")
     for split, shards in splits.items():
-        stories, found = sum(shards, []), TokenStories(folder, split)
+        stories, found = [*chain(*shards)], TokenStories(folder, split)
         assert [tokenizer.decode(story) for story in found] == stories
         assert {story[0] for story in found} <= {tokenizer.eot}
         assert found.lengths.tolist() == [len(tokenizer.encode(story)) + 1 for story in stories]
@@ -36,7 +37,7 @@ def check(root: Path, tokenizer: Tokenizer, **splits: list[list[str]]) -> None:
         assert counts == [len(stories), found.lengths.sum(), sum(len(story.encode()) for story in stories)]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def root(tokenizer, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("encoded")
     write_stories(root, train=TRAIN, validation=VALIDATION)
@@ -60,7 +61,7 @@ def test_stories_come_back_are_found_again_and_made_again_where_they_are_damaged
 
 
 def test_another_vocabulary_or_input_encodes_everything_again_and_an_interrupted_encoding_is_never_half_used(root, tmp_path):
-    other = train((story for shard in TRAIN for story in shard), tmp_path / "other.model", 300)
+    other = train(chain(*TRAIN), tmp_path / "other.model", 300)
     changed = [TRAIN[0], ["The hen left. Nobody ate apples."], []]  # a shard may be empty
     encode_splits(root, other, root / "tokens", 0.0)
     check(root, other, train=TRAIN)
