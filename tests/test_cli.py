@@ -98,7 +98,6 @@ def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build,
     refused(blm("variables", "--preset", "smoke", "--folder", tmp_path), "holds no results")
     refused(blm("publish", "--preset", "smoke"), "01_data.ipynb is missing")
     refused(blm("judge", tmp_path, "--make"), "--valid")
-    refused(blm("judge", tmp_path, "--make", "--valid", tmp_path), "BLM_RECORDED")
     refused(blm("judge", tmp_path, "--import", "--rater", "somebody"), "--date")
 
 
