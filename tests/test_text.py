@@ -22,9 +22,8 @@ def stories(smoke):
 # ---- Likeness
 
 
-@pytest.mark.parametrize(
-    "expected",
-    [
+def test_sentences_end_where_a_reader_would_end_them():
+    for expected in (
         ['"Look! A hen," said Odo. ', "He ran."],
         ['"Stop!" Odo cried. ', "The fox sat!"],
         ['"Stop!" ', "Odo ran away."],
@@ -33,11 +32,8 @@ def stories(smoke):
         ["He waited... ", "Nothing came?! ", "No."],
         ['"It never closes. So\n', "the next line does."],
         ["It cost 3.50 in all."],
-        [],
-    ],
-)
-def test_sentences_end_where_a_reader_would_end_them(expected):
-    assert sentences("".join(expected)) == expected
+    ):
+        assert sentences("".join(expected)) == expected
 
 
 def test_words_of_the_outside_list_are_easy_in_all_regular_forms_and_names_do_not_count():
@@ -61,16 +57,13 @@ def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
     assert all(np.isnan(values).tolist() in ([False, True, False], [True] * 3) for values in found.values())
 
 
-def test_distance_is_in_deviations_of_the_real_stories_over_the_texts_that_have_the_measure():
+def test_distance_is_in_deviations_of_the_real_stories_and_compared_by_whole_intervals():
     real = {"a": np.array([1.0, 2.0, 3.0, np.nan])}
     assert t.distance({"a": np.array([4.0, 6.0, np.nan])}, real)["a"] == (pytest.approx(3), 2, 4)
-
-
-def test_one_source_is_clearly_nearer_only_where_the_whole_intervals_are_apart():
     ours = [(0.1, -0.2, 0.4), (-2.0, -2.5, -1.5), (1.0, 0.5, 1.5), (0.3, 0.2, 0.4)]
     theirs = [(-1.0, -1.5, -0.5), (0.5, 0.2, 0.9), (-1.2, -1.6, -0.8), (math.nan,) * 3]
-    both = ({str(i): Interval(*ends) for i, ends in enumerate(of)} for of in (ours, theirs))
-    assert t.set_against(*both) == {"nearer": 1, "farther": 1, "undecided": 2}
+    ours, theirs = ({str(i): Interval(*ends) for i, ends in enumerate(of)} for of in (ours, theirs))
+    assert (t.clearly_nearer(ours, theirs), t.clearly_nearer(theirs, ours)) == (["0"], ["1"])
 
 
 # ---- Copying
@@ -86,12 +79,10 @@ def test_the_longest_run_is_found_and_does_not_cross_from_one_story_into_the_nex
 
 def test_runs_agree_with_exhaustive_search():
     rng = random.Random(5)
-    told = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(5, 40))) for _ in range(140)]
-    told, texts = told[:60], told[60:]
-    everything = "\n".join(told)
-    for found, text in zip(copied(texts, told), map(str.split, texts), strict=True):
-        runs = (text[start:end] for end in range(len(text) + 1) for start in range(end))
-        longest = max(len(run) for run in runs if " ".join(run) in everything)
+    stories = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(5, 40))) for _ in range(140)]
+    told, texts = "\n".join(stories[:60]), stories[60:]
+    for found, text in zip(copied(texts, stories[:60]), map(str.split, texts), strict=True):
+        longest = max(n for n in range(len(text) + 1) for i in range(len(text) - n + 1) if " ".join(text[i : i + n]) in told)
         assert found == (longest if longest >= t.N_WORDS else 0)
 
 
@@ -112,15 +103,13 @@ def test_wrong_endings_come_from_other_stories_and_are_about_as_long(stories):
     assert len({item.truth for item in items}) > 1
     lasts = [sentences(story)[-1].strip() for story in stories]
     for item in items:
-        whole = item.beginning + item.endings[item.truth]
-        (own,) = [i for i, story in enumerate(stories) if story.strip().startswith(whole)]
-        wrong = [ending.strip() for i, ending in enumerate(item.endings) if i != item.truth]
-        size = len(item.endings[item.truth].strip())
-        assert set(wrong) <= set(lasts[:own] + lasts[own + 1 :])
-        assert all(abs(len(ending) - size) <= t.LENGTH_TOLERANCE * size for ending in wrong)
-
-
-def test_stories_without_a_telling_ending_yield_nothing_and_the_end_is_left_off():
+        endings = [ending.strip() for ending in item.endings]
+        true = endings[item.truth]
+        assert any(story.strip().startswith(item.beginning + item.endings[item.truth]) for story in stories)
+        assert len(set(endings)) == 4
+        assert set(endings) - {true} <= set(lasts)
+        assert all(abs(len(ending) - len(true)) <= t.LENGTH_TOLERANCE * len(true) for ending in endings)
+    # A story without a telling ending yields nothing, and "The end." is left off.
     base = [f"A goose sat here. Then goose number {word} swam away. The end." for word in ("one", "two", "six", "ten")]
     items = t.ending_items(["Only one long sentence stands here.", "A goose sat. It slept.", *base])
     assert [item.endings[item.truth] for item in items[:2]] == [f" Then goose number {n} swam away." for n in ("one", "two")]
@@ -144,6 +133,6 @@ def test_endings_are_scored_per_byte_and_a_model_alone_is_compared_with_the_rule
     both, alone = t.ending_line(stories, blm, blm, limit=8), t.ending_line(stories, blm, limit=8)
     assert both == alone | {"theirs": both["ours"]}
     assert (alone["theirs"], alone["items"]) == (None, 8)
-    assert alone["above_names"] in ("wins", "loses", "undecided")
+    assert alone["above_names"].value == pytest.approx(alone["ours"].value - alone["names"].value)
     with pytest.raises(ValueError, match="none of 1 stories"):
         t.ending_line(["One goose sat."], gpt2)

@@ -158,9 +158,8 @@ def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -
     Raises ValueError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
     """
     published = recorded(data, "published_completions", "published_completions_2")
-    longer = {r["id"]: r for r in published if len(r["prompt"].split()) > len(BEGINNING.split()) + 2}
-    longer = {name: r for name, r in longer.items() if len(r["completion"].split()) >= SHORTEST}
-    openings = {name: r["prompt"] for name, r in longer.items()}
+    published = [r for r in published if len(r["prompt"].split()) > 6 and len(r["completion"].split()) >= SHORTEST]
+    openings, theirs = ({r["id"]: r[name] for r in published} for name in ("prompt", "completion"))
     ladder: dict[str, dict[str, dict]] = {}  # by prompt and model
     for r in recorded(data, "peers"):
         if r["id"].startswith("tinyscalelab") and r["kind"] == "story":
@@ -176,16 +175,16 @@ def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -
     random.Random(2).shuffle(drawn)
     pairs = [same_length(*pair) for pair in zip(drawn, texts[XL], strict=True)]
     for name, prompt in openings.items():
-        pairs.append(on_one_prompt(name, prompt, ours[SAME, name], (name, XL, longer[name]["completion"])))
-    given = {name: len(prompt.split()) for name, prompt in openings.items()}
-    pairs = [pair for pair in pairs if min(t.n_words for t in pair) - given.get(pair[0].prompt, 0) >= SHORTEST]
+        pairs.append(on_one_prompt(name, prompt, ours[SAME, name], (name, XL, theirs[name])))
+    own_words = [min(t.n_words for t in pair) - len(openings.get(pair[0].prompt, "").split()) for pair in pairs]
+    pairs = [pair for pair, n_words in zip(pairs, own_words, strict=True) if n_words >= SHORTEST]
     swap = random.Random(4)
     pairs = [pair if swap.random() < 0.5 else pair[::-1] for pair in pairs]
 
     rows = []
     for name, prompt in rungs.items():
-        theirs = [(f"{model}/{r['id']}", model, r["completion"]) for model, r in ladder[prompt].items()]
-        rows.append(on_one_prompt(name, prompt, *theirs, ours[OWN, name]))
+        peers = [(f"{model}/{r['id']}", model, r["completion"]) for model, r in ladder[prompt].items()]
+        rows.append(on_one_prompt(name, prompt, *peers, ours[OWN, name]))
     steps = [[(t,) for row in rows[i::5] for t in row] for i in range(5)]  # the texts of a prompt stand in one sheet
     for i, sheet in enumerate(steps):
         random.Random(f"ladder/{i}").shuffle(sheet)
@@ -342,9 +341,8 @@ class Rated(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A text of the BLM and one of GPT2-XL: for each of the two orders, the BLM's side ("a" or "b") and the answer."""
+    """Two texts, the BLM's and `xl` of GPT2-XL: for each of the two orders, the BLM's side ("a" or "b") and the answer."""
 
-    blm: str
     xl: str
     prompt: str
     orders: tuple[tuple[str, dict], tuple[str, dict]]
@@ -415,7 +413,7 @@ class Ratings:
         self.rungs: dict[str, dict[str, Rated]] = {}
         for t in ladder:
             self.rungs.setdefault(t.source.split("/")[1], {})[t.arm] = t
-        self.pairs = [Pair(*both, (of["pairs-a"][0], of["pairs-b"][0])) for both, of in pairs.items()]
+        self.pairs = [Pair(xl, prompt, (of["pairs-a"][0], of["pairs-b"][0])) for (_, xl, prompt), of in pairs.items()]
         self.repeated = [[t.answers for t in given] for given in texts["alone"].values() if len(given) == 2]
         self.repeated_pairs = [given for of in pairs.values() for given in of.values() if len(given) == 2]
         bare, stories = [p for p in self.pairs if not p.prompt], {t.source for t in self.by_arm[XL] if t.a_story}
