@@ -34,7 +34,7 @@ GPT2_XL_PARAMETERS = 1_557_611_200  # counted on that configuration, the tied em
 LONGEST_CONTEXT = 2048  # tokens: stories are shorter, and a batch of logits has to fit into memory
 PROMPTS = Path(__file__).with_name("prompts.json")
 # GPT2-XL on TinyStories text: lower-cased and joined (ex7remum/TinyStoriesLM), and the mean perplexity of 500 single stories in
-# their own case (kkorolev1/deep-learning-2).
+# their own case (kkorolev1/deep-learning-2), which bounds their bits from above, by Jensen's inequality.
 PUBLISHED = {"perplexity": 5.2897, "tokens": 123_110, "characters": 500_000, "mean_perplexity": 6.7053}
 
 
@@ -178,12 +178,6 @@ def random_gpt2(architecture: dict, device: str | torch.device = "cpu") -> torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device)
-
-
-def published_bits() -> tuple[float, float]:
-    """GPT2-XL's two published marks in bits per byte; the second is an upper bound, by Jensen's inequality."""
-    per_token = PUBLISHED["tokens"] / PUBLISHED["characters"]
-    return math.log2(PUBLISHED["perplexity"]) * per_token, math.log2(PUBLISHED["mean_perplexity"]) * per_token
 
 
 def versions() -> dict[str, str]:

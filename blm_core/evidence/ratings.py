@@ -10,7 +10,7 @@ import math
 import os
 import random
 import re
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,9 +59,6 @@ class Text(NamedTuple):
     def n_words(self) -> int:
         return len(self.text.split())
 
-    def within(self, limit: int) -> "Text":
-        return self._replace(text=cut(self.text, limit))
-
 
 def cut(text: str, limit: float = math.inf) -> str:
     """`text` up to its last full stop within `limit` words, at least its first sentence; all of it where there is no stop."""
@@ -78,13 +75,14 @@ def match_lengths(texts: Sequence[Text], yardstick: Sequence[Text]) -> list[Text
     """`texts`, the n-th longest cut to the words of the n-th longest of `yardstick`, in the order given."""
     found, order = list(texts), sorted(range(len(texts)), key=lambda i: -texts[i].n_words)
     for limit, i in zip(sorted((t.n_words for t in yardstick), reverse=True), order, strict=True):
-        found[i] = texts[i].within(limit)
+        found[i] = texts[i]._replace(text=cut(texts[i].text, limit))
     return found
 
 
 def same_length(*texts: Text) -> tuple[Text, ...]:
     """Texts of one item, all cut to the words of the shortest."""
-    return tuple(t.within(min(t.n_words for t in texts)) for t in texts)
+    limit = min(t.n_words for t in texts)
+    return tuple(t._replace(text=cut(t.text, limit)) for t in texts)
 
 
 def on_one_prompt(name: str, prompt: str, *written: tuple[str, str, str]) -> tuple[Text, ...]:
@@ -232,7 +230,8 @@ def write_sheets(folder: Path, sheets: dict[str, dict[str, Sequence[Text]]]) -> 
     alone, pairs = re.findall(r"# Rubric: .*?\n\n(.*?)\nAnswer: `(.*?)`\n", RUBRIC.read_text(encoding="utf-8"), re.DOTALL)
     for name, items in sheets.items():
         (task, example), labels = (pairs, ("A: ", "B: ")) if name.startswith("pairs") else (alone, ("",))
-        shown = {i: "\n\n".join(x + t.text for x, t in zip(labels, texts, strict=True)) for i, texts in items.items()}
+        texts = {i: "\n\n".join(label + t.text for label, t in zip(labels, item, strict=True)) for i, item in items.items()}
+        shown = [f"## {i}\n\n{text}\n" for i, text in texts.items()]
         for rater in RATERS[name[:-2]]:
             head = (
                 f"# {len(items)} items to judge\n\n{task}\nWrite one line of JSON for each item, in the order of the sheet and "
@@ -240,8 +239,7 @@ def write_sheets(folder: Path, sheets: dict[str, dict[str, Sequence[Text]]]) -> 
                 f"    {example}\n\nRead every text to its end before you judge it, and judge yourself, not by a program. "
                 "Use nothing but this sheet.\n"
             )
-            sheet = "\n".join([head, *(f"## {i}\n\n{text}\n" for i, text in shown.items())])
-            (folder / f"{name}-{rater}.md").write_text(sheet, encoding="utf-8")
+            (folder / f"{name}-{rater}.md").write_text("\n".join([head, *shown]), encoding="utf-8")
 
 
 # ---- Answers
@@ -361,16 +359,8 @@ def win_rate(pairs: Sequence[Pair], question: str) -> Interval:
     return mean_interval([sum(p.points(question)) / 2 for p in pairs])
 
 
-class Line(NamedTuple):
-    """A line of evidence: a figure with its interval, in "points of 100" or "marks"; right of 0 speaks for the BLM."""
-
-    name: str
-    value: float
-    low: float
-    high: float
-    verdict: str
-    n: int
-    unit: str
+# One line of evidence: `value` with its interval, in `unit` ("points of 100", "marks"); right of 0 speaks for the BLM.
+Line = namedtuple("Line", "name value low high verdict n unit")
 
 
 def line(name: str, gap: Sequence[float], n: int, unit: str = "points of 100") -> Line:

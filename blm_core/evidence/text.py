@@ -2,7 +2,7 @@
 
 - `measure` and `distance`: numbers of each text, and how far a set of texts lies from real stories
 - `copied`: the longest run of words shared with a stated sample of the training stories
-- `ending_line`: does a model find the true last sentence likeliest? Beside it, a rule that knows names only
+- `ending_items`, `ending_scores`: is the true last sentence of a story the likeliest of four? `shared_names` knows names only
 
 A measure that a text cannot have, such as names kept in a text without names, is nan.
 """
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blm_core.clean import fold, words
-from blm_core.evaluate import Interval, mean_interval, paired_difference
+from blm_core.evaluate import Interval, mean_interval
 from blm_core.evidence.models import ComparedModel
 
 # A capitalised word behind a lower-case letter, a digit or a comma: it is not capitalised because a sentence starts.
@@ -76,7 +76,7 @@ def _textstat():
 
 @lru_cache
 def easy_words() -> frozenset[str]:
-    """The Dale-Chall list of words that most children of ten know (Dale and Chall, 1995; textstat's copy) and their forms."""
+    """Words that most children of ten know (Dale and Chall, 1995; textstat's copy), with their regular forms."""
     listed = (resources.files(_textstat()) / "resources/en/easy_words.txt").read_text().split()
     return frozenset(form for word in listed for form in inflections(word.lower()))
 
@@ -99,10 +99,7 @@ def dialogue_share(text: str) -> float:
 
 
 def distinct_pairs(text: str, length: int) -> float:
-    """The share of distinct ones among the pairs of neighbouring words (Li et al., 2016), in the first `length` words.
-
-    Longer texts have a lower share, so that a text with fewer words is nan.
-    """
+    """The share of distinct pairs of neighbouring words (Li et al., 2016) in the first `length` words; nan with fewer."""
     found = words(fold(text))[:length]
     return len(set(pairwise(found))) / (length - 1) if len(found) == length else math.nan
 
@@ -115,10 +112,8 @@ def names(text: str) -> set[str]:
 
 
 def names_kept(text: str) -> float:
-    """The share of the names in the first third of the sentences that stand again in the last; nan below three sentences."""
+    """The share of the names in the first third of the sentences that stand again in the last third."""
     parts = sentences(fold(text))
-    if len(parts) < 3:
-        return math.nan
     third = len(parts) // 3
     last = _words_as_written(" ".join(parts[-third:]))
     return _mean([name in last for name in _words_as_written(" ".join(parts[:third])) & names(text)])
@@ -149,10 +144,7 @@ def mean_where_defined(values: np.ndarray) -> Interval:
 
 
 def distance(measures: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[str, Interval]:
-    """How far texts lie from real stories: (mean - mean of real) / standard deviation of real (Glass's delta).
-
-    The interval is a bootstrap over the texts; mean and deviation of the real stories, of which there are many, count as known.
-    """
+    """(mean of texts - mean of real stories) / standard deviation of real (Glass's delta), which count as known."""
     return {
         name: mean_where_defined((values - np.nanmean(real[name])) / np.nanstd(real[name], ddof=1))
         for name, values in measures.items()
@@ -271,22 +263,3 @@ def chosen_rightly(scores: np.ndarray, items: list[EndingItem]) -> np.ndarray:
     """1 where the true ending has the highest score (n,); where k endings tie, 1 / k if it is one of them."""
     best = scores == scores.max(1, keepdims=True)
     return best[np.arange(len(items)), [item.truth for item in items]] / best.sum(1)
-
-
-def ending_line(stories: list[str], ours: ComparedModel, theirs: ComparedModel | None = None, limit: int | None = None) -> dict:
-    """How often each model finds the true ending likeliest per byte, with intervals over `items` stories.
-
-    `names` is the rule `shared_names`, `above_names` ours less that rule. Raises ValueError where no story yields an item.
-    """
-    items = ending_items(stories, limit)
-    if not items:
-        raise ValueError(f"none of {len(stories)} stories yields endings to choose from.")
-    by_names = chosen_rightly(shared_names(items), items)
-    right = [chosen_rightly(ending_scores(model, items), items) for model in (ours, theirs) if model]
-    return {
-        "items": len(items),
-        "ours": mean_interval(right[0]),
-        "theirs": mean_interval(right[1]) if theirs else None,
-        "names": mean_interval(by_names),
-        "above_names": paired_difference(right[0], by_names),
-    }
