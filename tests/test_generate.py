@@ -87,14 +87,11 @@ def test_a_text_depends_on_seed_number_and_prompt_and_not_on_batch_or_global_ran
     assert len(set(texts)) == 20
 
 
-def test_prompts_of_different_lengths_are_completed_in_a_batch_as_alone(wild, taught, tokenizer):
+def test_prompts_of_different_lengths_are_completed_as_alone_and_a_story_known_by_heart_to_its_end(wild, taught, tokenizer):
     for model, max_tokens in product((wild, taught), (0, 1, 7)):
         sampling = Sampling(temperature=0, max_tokens=max_tokens)
         alone = [complete(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
         assert complete(model, tokenizer, PROMPTS[::-1], sampling) == alone[::-1]
-
-
-def test_a_story_known_by_heart_is_written_to_its_end_and_not_beyond(taught, tokenizer):
     assert complete(taught, tokenizer, PROMPTS, GREEDY) == [STORY.removeprefix(prompt) for prompt in PROMPTS]
     assert new_tokens(taught, tokenizer, "Mo", GREEDY).count(tokenizer.eot) == 1
     assert "\ufffd" not in "|".join(stream(taught, tokenizer, "Mo", GREEDY))  # no character of many bytes is torn
@@ -109,16 +106,13 @@ def test_a_stream_is_the_completion_of_the_same_seed_and_as_long_as_max_tokens_s
             assert ["".join(stream(model, tokenizer, "Mo", sampling))] == complete(model, tokenizer, ["Mo"], sampling)
 
 
-def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(wild, tokenizer):
+def test_a_prompt_that_leaves_no_room_and_settings_that_make_no_sense_are_refused(wild, tokenizer):
     prompt = "7" * 48
     while len(tokenizer.encode(prompt)) > wild.config.seq_len - 2:
         prompt = prompt[1:]
     assert len(new_tokens(wild, tokenizer, prompt, GREEDY)) == 1
     with pytest.raises(ValueError, match=r"prompt of 48 tokens .* context of 48"):
         complete(wild, tokenizer, ["Mo", prompt + "7"], GREEDY)
-
-
-def test_settings_that_make_no_sense_are_refused_by_name():
     for name, values in {"temperature": (-0.1, float("nan")), "top_p": (0, 1.1), "top_k": (-1,), "max_tokens": (-1,)}.items():
         for value in values:
             with pytest.raises(ConfigError, match=name):

@@ -18,15 +18,13 @@ SENTENCE = "The green kite of Wub went over nine hills again today."  # 11 words
 EVIDENCE = ROOT / "runs" / "evidence"
 
 
-def test_texts_become_one_line_of_whole_sentences_within_a_limit():
+def test_texts_become_one_line_of_whole_sentences_within_a_limit_and_no_arm_is_longer_than_the_yardstick():
     text = "Wub  sang.\n\n\u201cLouder!\u201d said Mr. Ploo.\nThen Mr. Ploo and"
     assert ratings.treated(text) == 'Wub sang. "Louder!" said Mr. Ploo.'
     assert ratings.treated("no end at all") == "no end at all"
     cuts = {limit: ratings.cut("Wub sang. Ploo slept all day. Then it rained.", limit) for limit in (1, 5, 6)}
     assert cuts == {1: "Wub sang.", 5: "Wub sang.", 6: "Wub sang. Ploo slept all day."}
-
-
-def test_no_text_is_longer_than_its_rank_in_the_yardstick():
+    # No text is longer than its rank in the yardstick.
     long, short = ([Text(f"{i}", "ours", " ".join([SENTENCE] * (n + i % 3))) for i in range(9)] for n in (12, 5))
     matched = ratings.match_lengths(long, short)
     assert [t.source for t in matched] == [t.source for t in long]
@@ -50,18 +48,14 @@ def answered(name: str, item: dict, rater: str) -> dict:
 @pytest.fixture(scope="module")
 def made(tokenizer, tmp_path_factory):
     """A small trial, made from recordings of other models and a file of real stories, and answered."""
-    home = tmp_path_factory.mktemp("trial")
-
-    def record(name: str, prompt: str, **more) -> dict:
-        return {"id": name, "prompt": prompt, "completion": f" {' '.join([SENTENCE] * 9)}", **more}
-
-    once = [record(f"elex-{who}-{i}", ratings.BEGINNING) for who in ("gpt2xl", "chatgpt", "my") for i in range(6)]
-    ladder = [record(f"tinyscalelab-{i}", f"Story {i}", model=m, kind="story") for i in range(6) for m in RUNGS]
-    openings = [record(f"longer-{i}", f"On day {i} a tall blue goat met") for i in range(2)]
+    home, told = tmp_path_factory.mktemp("trial"), " ".join([SENTENCE] * 9)
+    once = [{"id": f"elex-{who}-{i}", "prompt": ratings.BEGINNING} for who in ("gpt2xl", "chatgpt", "my") for i in range(6)]
+    ladder = [{"id": f"tinyscalelab-{i}", "prompt": f"Story {i}", "model": m, "kind": "story"} for i in range(6) for m in RUNGS]
+    openings = [{"id": f"longer-{i}", "prompt": f"On day {i} a tall blue goat met"} for i in range(2)]
     files = {"once_upon_a_time": once, "peers": ladder, "published_completions": openings, "published_completions_2": []}
     for name, lines in files.items():
-        write_json_lines(home / "recorded" / f"{name}.jsonl", lines)
-    real = [f"{ratings.BEGINNING} Wub {i} sang. {' '.join([SENTENCE] * 9)}\n" for i in range(7)]
+        write_json_lines(home / "recorded" / f"{name}.jsonl", [line | {"completion": f" {told}"} for line in lines])
+    real = [f"{ratings.BEGINNING} Wub {i} sang. {told}\n" for i in range(7)]
     (home / "valid.txt").write_text("<|endoftext|>".join(real))
     release, sheets, evidence = save_blm(home / "release", tokenizer, 256), home / "sheets", home / "evidence"
     options = ["--model", str(release), "--valid", str(home / "valid.txt")]
@@ -126,9 +120,7 @@ def test_figures_follow_the_protocol(trial):
     assert [p.points("text") for p in bare] == [(0.5, x) for x in first]
     assert {p.xl for p in bare} - {p.xl for p in fair} <= {"elex-gpt2xl-0"}
     assert {p.xl for p in longer} <= {"longer-0", "longer-1"}
-
-
-def test_the_claim_is_made_only_where_both_measures_are_won_and_the_raters_are_not_too_strict():
+    # The claim is made only where both measures are won and enough real stories count.
     cases = [("wins", "wins", 0.5), ("wins", "wins", 0.4), ("wins", "undecided", 0.9), ("wins", "loses", 0.4)]
     assert [ratings.outcome(*case) for case in cases] == ["made", "not made", "undecided", "refuted"]
 

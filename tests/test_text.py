@@ -36,14 +36,12 @@ def test_sentences_end_where_a_reader_would_end_them():
         assert sentences("".join(expected)) == expected
 
 
-def test_words_of_the_outside_list_are_easy_in_all_regular_forms_and_names_do_not_count():
+def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
+    # Words of the list are easy in all regular forms, and names do not count.
     forms = {"carry": "carried", "bake": "baking", "stop": "stopped", "happy": "happily", "box": "boxes", "big": "biggest"}
     assert all(form in t.inflections(word) for word, form in forms.items())
     assert t.easy_share("The cats jumped, and Zlatko ran") == 1
     assert t.easy_share("The CATS jumped over legislation") == pytest.approx(4 / 5)
-
-
-def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
     assert t.dialogue_share('"Come in," said the cat. \u201cNow!\u201d') == pytest.approx(3 / 6)
     assert t.dialogue_share('"Come in\nThe cat sat.') == pytest.approx(2 / 5)  # speech ends with its line
     assert t.distinct_pairs("the cat and the cat and the dog sat", 8) == pytest.approx(4 / 7)
@@ -116,15 +114,13 @@ def test_wrong_endings_come_from_other_stories_and_are_about_as_long(stories):
     assert len(items) == 4
 
 
-def test_the_rule_of_names_and_a_choice_that_is_shared_where_scores_tie():
+def test_the_rule_of_names_a_choice_that_is_shared_where_scores_tie_and_scores_per_byte(stories, tmp_path):
     endings = [" So they went home.", " And Mia hugged Otto.", " And Zoe hugged Mia.", " And Zoe ran."]
     assert t.shared_names([EndingItem("One day Mia met Otto.", endings, 1)]).tolist() == [[0, 2, 0, -1]]
     scores = np.array([[-1, -2, -3, -4], [-1, -2, -3, -4], [-1, -1, -2, -2], [-1, -1, -1, -1]])
     items = [EndingItem("", endings, truth) for truth in (0, 1, 1, 2)]
     assert t.chosen_rightly(scores, items).tolist() == [1.0, 0.0, 0.5, 0.25]
-
-
-def test_endings_are_scored_per_byte(stories, tmp_path):
+    # A model's score is per byte of the ending.
     gpt2, items = load(save_gpt2(tmp_path / "gpt2"), "cpu"), t.ending_items(stories, limit=3)
     beginning, ending = items[1].beginning, items[1].endings[2]
     before, whole = gpt2.story_bits([beginning, beginning + ending])
