@@ -308,6 +308,7 @@ def ask(folder: Path) -> None:
         except OpenAIError as error:
             raise ValueError(f"{url} did not answer {sheet.name}: {type(error).__name__}: {error}") from error
         lines = [line.strip() for line in (reply.choices[0].message.content or "").splitlines()]
+        target.parent.mkdir(exist_ok=True)
         target.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
 
 
