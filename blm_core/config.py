@@ -222,7 +222,7 @@ SMOKE = Preset(
     samples=2,
     opponent="",
 )
-# The proxy that the experiments of `study.py` vary: a minute and a half on two cores.
+# The proxy that the experiments of 04_train vary: a minute and a half on two cores.
 STUDY = Preset(
     name="study",
     tokenizer=TokenizerConfig(vocab_size=2048, sweep=(2048,)),

@@ -45,7 +45,7 @@ def blm(capsys):
 
     def command(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()
-        of_evidence = arguments[0] in ("study", "variables", "publish", "judge")
+        of_evidence = arguments[0] in ("variables", "publish", "judge", "cost")
         code = (evidence if of_evidence else cli).main([str(argument) for argument in arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -86,19 +86,20 @@ def test_an_evaluation_says_the_same_to_programs_and_to_people_and_can_repair_th
     refused(blm(*command), str(text))
 
 
-def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build, tmp_path):
+def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build, model, tmp_path, monkeypatch):
     for command in ("config", "train", "summary", "variables", "publish"):
         refused(blm(command, "--preset", "smoke", "train.colour=red"), "train.colour=red", "train.steps")
     refused(blm("config", "--preset", "huge"), "'huge'", "smoke, study, cpu, distilled, a100")
     refused(blm("generate", "--n", 0), "--n 0")
     refused(blm("generate", "--top-p", 0), "top_p = 0.0")
     refused(blm("generate", "--model", tmp_path / "none"), str(tmp_path / "none"), "model.safetensors", "Train one")
-    refused(blm("study", "colour"), "'colour'", "optimizer")
     refused(blm("summary", "--preset", "smoke"), str(own_build), "run the notebooks first")
     refused(blm("variables", "--preset", "smoke", "--folder", tmp_path), "holds no results")
     refused(blm("publish", "--preset", "smoke"), "01_data.ipynb is missing")
     refused(blm("judge", tmp_path, "--make"), "--valid")
     refused(blm("judge", tmp_path, "--import", "--rater", "somebody"), "--date")
+    monkeypatch.setenv("BLM_GPT2XL", str(tmp_path))  # holds no model, and random weights were not asked for
+    refused(blm("cost", "--model", model, "--out", tmp_path / "cost.json"), str(tmp_path), "BLM_GPT2XL")
 
 
 def test_settings_can_be_printed_followed_and_their_results_found_again(blm, own_build, tmp_path):

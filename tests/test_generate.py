@@ -42,28 +42,24 @@ def new_tokens(model, tokenizer, prompt: str, sampling: Sampling) -> list[int]:
     return [int(step) for step in steps]
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({}, SHARES),
-        ({"top_k": 2}, [0, 2 / 3, 0, 1 / 3]),
-        ({"top_k": 99}, SHARES),
-        ({"top_p": 0.01}, [0, 1, 0, 0]),
-        ({"top_p": 0.7}, [0, 2 / 3, 0, 1 / 3]),
-        ({"top_p": 0.8}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
-        ({"top_k": 3, "top_p": 0.8}, [0, 2 / 3, 0, 1 / 3]),  # of what top_k keeps, tokens 1 and 3 are five sixths
-        ({"temperature": 0.5}, [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
-        ({"temperature": 0.5, "top_p": 0.7}, [0, 1, 0, 0]),  # squared and rescaled, token 1 alone has 0.72
-        ({"temperature": 0}, [0, 1, 0, 0]),
-    ],
-    ids=str,
-)
-def test_tokens_that_are_kept_are_drawn_as_often_as_their_probabilities_say(settings, expected):
+def test_tokens_that_are_kept_are_drawn_as_often_as_their_probabilities_say():
     logits = torch.tensor(SHARES).log().expand(20_000, -1)
     uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    counts = Counter(next_tokens(logits, Sampling(**({"temperature": 1.0, "top_p": 1.0} | settings)), uniform).tolist())
-    for token, share in enumerate(expected):
-        assert counts[token] / 20_000 == pytest.approx(share, abs=0.015 if share else 0)
+    for (temperature, top_k, top_p), expected in {
+        (1.0, 0, 1.0): SHARES,
+        (1.0, 99, 1.0): SHARES,
+        (1.0, 2, 1.0): (0, 2 / 3, 0, 1 / 3),
+        (1.0, 0, 0.01): (0, 1, 0, 0),
+        (1.0, 0, 0.7): (0, 2 / 3, 0, 1 / 3),
+        (1.0, 0, 0.8): (0, 5 / 9, 1.5 / 9, 2.5 / 9),
+        (1.0, 3, 0.8): (0, 2 / 3, 0, 1 / 3),  # of what top_k keeps, tokens 1 and 3 are five sixths
+        (0.5, 0, 1.0): (0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345),
+        (0.5, 0, 0.7): (0, 1, 0, 0),  # squared and rescaled, token 1 alone has 0.72
+        (0.0, 0, 1.0): (0, 1, 0, 0),
+    }.items():
+        counts = Counter(next_tokens(logits, Sampling(temperature, top_k, top_p), uniform).tolist())
+        for token, share in enumerate(expected):
+            assert counts[token] / 20_000 == pytest.approx(share, abs=0.015 if share else 0)
 
 
 @torch.no_grad()
@@ -91,22 +87,18 @@ def test_a_text_depends_on_seed_number_and_prompt_and_not_on_batch_or_global_ran
     assert len(set(texts)) == 20
 
 
-def test_prompts_of_different_lengths_are_completed_in_a_batch_as_alone(wild, taught, tokenizer):
+def test_prompts_of_different_lengths_are_completed_as_alone_and_a_story_known_by_heart_to_its_end(wild, taught, tokenizer):
     for model, max_tokens in product((wild, taught), (0, 1, 7)):
         sampling = Sampling(temperature=0, max_tokens=max_tokens)
         alone = [complete(model, tokenizer, [prompt], sampling)[0] for prompt in PROMPTS]
         assert complete(model, tokenizer, PROMPTS[::-1], sampling) == alone[::-1]
-
-
-def test_a_story_known_by_heart_is_written_to_its_end_and_not_beyond(taught, tokenizer):
     assert complete(taught, tokenizer, PROMPTS, GREEDY) == [STORY.removeprefix(prompt) for prompt in PROMPTS]
     assert new_tokens(taught, tokenizer, "Mo", GREEDY).count(tokenizer.eot) == 1
     assert "\ufffd" not in "|".join(stream(taught, tokenizer, "Mo", GREEDY))  # no character of many bytes is torn
 
 
-@pytest.mark.parametrize("temperature", [0, 0.8, 1.5])
-def test_a_stream_is_the_completion_of_the_same_seed_and_as_long_as_max_tokens_says(wild, taught, tokenizer, temperature):
-    for model, seed in product((wild, taught), range(3)):
+def test_a_stream_is_the_completion_of_the_same_seed_and_as_long_as_max_tokens_says(wild, taught, tokenizer):
+    for model, temperature, seed in product((wild, taught), (0, 0.8, 1.5), range(2)):
         everything = new_tokens(model, tokenizer, "Mo", Sampling(temperature, top_p=1.0, seed=seed))
         for max_tokens in (0, 5, 10_000):
             sampling = Sampling(temperature, top_p=1.0, max_tokens=max_tokens, seed=seed)
@@ -114,20 +106,14 @@ def test_a_stream_is_the_completion_of_the_same_seed_and_as_long_as_max_tokens_s
             assert ["".join(stream(model, tokenizer, "Mo", sampling))] == complete(model, tokenizer, ["Mo"], sampling)
 
 
-def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(wild, tokenizer):
+def test_a_prompt_that_leaves_no_room_and_settings_that_make_no_sense_are_refused(wild, tokenizer):
     prompt = "7" * 48
     while len(tokenizer.encode(prompt)) > wild.config.seq_len - 2:
         prompt = prompt[1:]
     assert len(new_tokens(wild, tokenizer, prompt, GREEDY)) == 1
     with pytest.raises(ValueError, match=r"prompt of 48 tokens .* context of 48"):
         complete(wild, tokenizer, ["Mo", prompt + "7"], GREEDY)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [("temperature", (-0.1, float("nan"), float("inf"))), ("top_p", (0, 1.1)), ("top_k", (-1,)), ("max_tokens", (-1,))],
-)
-def test_settings_that_make_no_sense_are_refused_by_name(name, values):
-    for value in values:
-        with pytest.raises(ConfigError, match=name):
-            Sampling(**{name: value})
+    for name, values in {"temperature": (-0.1, float("nan")), "top_p": (0, 1.1), "top_k": (-1,), "max_tokens": (-1,)}.items():
+        for value in values:
+            with pytest.raises(ConfigError, match=name):
+                Sampling(**{name: value})

@@ -9,7 +9,8 @@ from tiny_models import save_blm, save_gpt2
 
 from blm_core import config
 from blm_core.evidence import models
-from blm_core.evidence.models import Prompt, load, read_lines, read_prompts, record, score_stories
+from blm_core.evidence.models import Prompt, load, read_prompts, record, score_stories
+from blm_core.files import read_json_lines
 from blm_core.generate import Sampling
 
 GREEDY = Sampling(temperature=0, max_tokens=12)
@@ -19,18 +20,19 @@ STORIES = ["the fox saw the hen.", "a hen went to the hill. the fox saw it.", "G
 
 
 @pytest.fixture(scope="module")
-def blm(tmp_path_factory, tokenizer):
-    return load(save_blm(tmp_path_factory.mktemp("models") / "blm", tokenizer), "cpu")
+def both(tmp_path_factory, tokenizer):
+    home = tmp_path_factory.mktemp("models")
+    return load(save_blm(home / "blm", tokenizer), "cpu"), load(save_gpt2(home / "gpt2-tiny"), "cpu")
 
 
-@pytest.fixture(scope="module")
-def gpt2(tmp_path_factory):
-    return load(save_gpt2(tmp_path_factory.mktemp("models") / "gpt2-tiny"), "cpu")
+@pytest.fixture(params=[0, 1], ids=["blm", "gpt2"])
+def model(request, both):
+    return both[request.param]
 
 
-@pytest.fixture(params=["blm", "gpt2"])
-def model(request):
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def gpt2(both):
+    return both[1]
 
 
 @torch.no_grad()
@@ -50,12 +52,7 @@ def test_a_text_depends_on_seed_number_and_prompt_alone(model, monkeypatch):
     assert model.complete(prompts, replace(SHORT, seed=4)) != texts
     monkeypatch.setattr(model, "batch_size", 3)
     assert model.complete(prompts, SHORT) == texts
-    likeliest = model.complete(prompts, GREEDY)
-    assert model.complete(prompts, Sampling(1.0, 1, 1.0, 12, seed=5)) == likeliest
-    assert model.complete(prompts, Sampling(1.0, 0, 1e-9, 12, seed=5)) == likeliest
-
-
-def test_a_prompt_that_leaves_no_room_in_the_context_is_refused(model):
+    assert model.complete(prompts, Sampling(1.0, 1, 1.0, 12, seed=5)) == model.complete(prompts, GREEDY)
     with pytest.raises(ValueError, match=r"a prompt of \d+ tokens leaves no room in the .*context of .*64"):
         model.complete(["the fox", "the fox " * 64], GREEDY)
 
@@ -70,18 +67,14 @@ def test_the_likeliest_tokens_are_those_that_transformers_itself_chooses_and_the
     assert gpt2.tokenizer.decode(gpt2.encode("a hen .")[1:]) == "a hen ."
 
 
-def test_a_model_is_loaded_by_what_its_folder_holds_and_named_by_its_weights(gpt2, blm, tmp_path):
-    assert load(save_gpt2(tmp_path / "gpt2-tiny"), "cpu").settings() == gpt2.settings()
-    assert (blm.name, gpt2.name) == ("BLM", "gpt2-tiny")
-    assert len(blm.revision) == len(gpt2.revision) == 16
-
-
-def test_a_model_that_is_not_there_is_refused_with_the_way_to_get_it(tmp_path, monkeypatch):
+def test_a_model_is_named_by_its_weights_and_one_that_is_not_there_refused_with_the_way_to_get_it(both, tmp_path, monkeypatch):
+    assert load(save_gpt2(tmp_path / "gpt2-tiny"), "cpu").settings() == both[1].settings()
+    assert [model.name for model in both] == ["BLM", "gpt2-tiny"]
+    assert len({model.revision for model in both}) == 2
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(models.UnavailableError, match="BLM_GPT2XL"):
-        load(tmp_path / "nothing")
-    with pytest.raises(models.UnavailableError, match="BLM_GPT2XL"):
-        models.opponent(config.load("smoke"))
+    for loading in (lambda: load(tmp_path / "nothing"), lambda: models.opponent(config.load("smoke"))):
+        with pytest.raises(models.UnavailableError, match="BLM_GPT2XL"):
+            loading()
 
 
 def test_a_recording_says_all_that_is_needed_to_make_it_again_and_nothing_is_recorded_twice(model, tmp_path):
@@ -89,7 +82,7 @@ def test_a_recording_says_all_that_is_needed_to_make_it_again_and_nothing_is_rec
     few = record(model, PROMPTS, out, SHORT, samples=1)
     lines = record(model, PROMPTS, out, SHORT, samples=2)
     assert lines[:2] == few == record(model, PROMPTS, out, SHORT, samples=1)
-    assert lines == read_lines(out)
+    assert lines == list(read_json_lines(out))
     last = lines[3]
     assert [last[name] for name in (*Prompt._fields, "sample")] == [*PROMPTS[1], 1]
     assert last["sampling"] == {"temperature": 1.0, "top_k": 0, "top_p": 0.9, "max_tokens": 6, "seed": 3}
@@ -98,19 +91,14 @@ def test_a_recording_says_all_that_is_needed_to_make_it_again_and_nothing_is_rec
     assert model.complete([last["prompt"]], SHORT, [last["sample"]]) == [last["completion"]]
 
 
-def test_a_recording_cut_in_half_is_continued(gpt2, tmp_path, monkeypatch):
+def test_a_recording_cut_in_half_is_continued_and_one_of_something_else_or_broken_is_refused(gpt2, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt2, "batch_size", 1)
     out = tmp_path / "out.jsonl"
     whole = record(gpt2, PROMPTS, out, SHORT, samples=2)
-    for cut in (out.read_bytes()[:-150], b'{"id": "o'):
-        out.write_bytes(cut)
-        assert record(gpt2, PROMPTS, out, SHORT, samples=2) == whole == read_lines(out)
-
-
-def test_a_recording_of_something_else_or_broken_in_the_middle_is_refused_and_left_as_it_is(gpt2, tmp_path):
-    out = tmp_path / "out.jsonl"
-    record(gpt2, PROMPTS, out, SHORT, samples=1)
     before = out.read_bytes()
+    for cut in (before[:-150], b'{"id": "o'):
+        out.write_bytes(cut)
+        assert record(gpt2, PROMPTS, out, SHORT, samples=2) == whole == list(read_json_lines(out))
     with pytest.raises(ValueError, match=r"recorded with sampling = .*1\.0.* now it is .*0\.5"):
         record(gpt2, PROMPTS, out, replace(SHORT, temperature=0.5))
     with pytest.raises(ValueError, match="recorded with prompt = 'the fox', now it is 'the hen'"):
@@ -128,7 +116,7 @@ def test_scores_are_kept_without_the_text_and_never_made_twice(gpt2, tmp_path):
     assert score_stories(gpt2, STORIES, out) == pytest.approx(gpt2.story_bits(STORIES), abs=1e-4)
     assert out.read_text().startswith(before)
     assert "fox" not in out.read_text()
-    assert read_lines(out)[2]["bytes"] == len(STORIES[2].encode())
+    assert list(read_json_lines(out))[2]["bytes"] == len(STORIES[2].encode())
     with pytest.raises(ValueError, match="recorded with story"):
         score_stories(gpt2, STORIES[::-1], out)
 

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from tiny_models import save_blm, save_gpt2
+from tiny_models import save_gpt2
 
 from blm_core.data import read_split
 from blm_core.evaluate import Interval
@@ -22,9 +22,8 @@ def stories(smoke):
 # ---- Likeness
 
 
-@pytest.mark.parametrize(
-    "expected",
-    [
+def test_sentences_end_where_a_reader_would_end_them():
+    for expected in (
         ['"Look! A hen," said Odo. ', "He ran."],
         ['"Stop!" Odo cried. ', "The fox sat!"],
         ['"Stop!" ', "Odo ran away."],
@@ -33,21 +32,16 @@ def stories(smoke):
         ["He waited... ", "Nothing came?! ", "No."],
         ['"It never closes. So\n', "the next line does."],
         ["It cost 3.50 in all."],
-        [],
-    ],
-)
-def test_sentences_end_where_a_reader_would_end_them(expected):
-    assert sentences("".join(expected)) == expected
+    ):
+        assert sentences("".join(expected)) == expected
 
 
-def test_words_of_the_outside_list_are_easy_in_all_regular_forms_and_names_do_not_count():
+def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
+    # Words of the list are easy in all regular forms, and names do not count.
     forms = {"carry": "carried", "bake": "baking", "stop": "stopped", "happy": "happily", "box": "boxes", "big": "biggest"}
     assert all(form in t.inflections(word) for word, form in forms.items())
     assert t.easy_share("The cats jumped, and Zlatko ran") == 1
     assert t.easy_share("The CATS jumped over legislation") == pytest.approx(4 / 5)
-
-
-def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
     assert t.dialogue_share('"Come in," said the cat. \u201cNow!\u201d') == pytest.approx(3 / 6)
     assert t.dialogue_share('"Come in\nThe cat sat.') == pytest.approx(2 / 5)  # speech ends with its line
     assert t.distinct_pairs("the cat and the cat and the dog sat", 8) == pytest.approx(4 / 7)
@@ -61,16 +55,13 @@ def test_measures_by_hand_are_nan_where_a_text_cannot_have_them():
     assert all(np.isnan(values).tolist() in ([False, True, False], [True] * 3) for values in found.values())
 
 
-def test_distance_is_in_deviations_of_the_real_stories_over_the_texts_that_have_the_measure():
+def test_distance_is_in_deviations_of_the_real_stories_and_compared_by_whole_intervals():
     real = {"a": np.array([1.0, 2.0, 3.0, np.nan])}
     assert t.distance({"a": np.array([4.0, 6.0, np.nan])}, real)["a"] == (pytest.approx(3), 2, 4)
-
-
-def test_one_source_is_clearly_nearer_only_where_the_whole_intervals_are_apart():
     ours = [(0.1, -0.2, 0.4), (-2.0, -2.5, -1.5), (1.0, 0.5, 1.5), (0.3, 0.2, 0.4)]
     theirs = [(-1.0, -1.5, -0.5), (0.5, 0.2, 0.9), (-1.2, -1.6, -0.8), (math.nan,) * 3]
-    both = ({str(i): Interval(*ends) for i, ends in enumerate(of)} for of in (ours, theirs))
-    assert t.set_against(*both) == {"nearer": 1, "farther": 1, "undecided": 2}
+    ours, theirs = ({str(i): Interval(*ends) for i, ends in enumerate(of)} for of in (ours, theirs))
+    assert (t.clearly_nearer(ours, theirs), t.clearly_nearer(theirs, ours)) == (["0"], ["1"])
 
 
 # ---- Copying
@@ -86,12 +77,10 @@ def test_the_longest_run_is_found_and_does_not_cross_from_one_story_into_the_nex
 
 def test_runs_agree_with_exhaustive_search():
     rng = random.Random(5)
-    told = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(5, 40))) for _ in range(140)]
-    told, texts = told[:60], told[60:]
-    everything = "\n".join(told)
-    for found, text in zip(copied(texts, told), map(str.split, texts), strict=True):
-        runs = (text[start:end] for end in range(len(text) + 1) for start in range(end))
-        longest = max(len(run) for run in runs if " ".join(run) in everything)
+    stories = [" ".join(rng.choices("abcdefghijkl", k=rng.randint(5, 40))) for _ in range(140)]
+    told, texts = "\n".join(stories[:60]), stories[60:]
+    for found, text in zip(copied(texts, stories[:60]), map(str.split, texts), strict=True):
+        longest = max(n for n in range(len(text) + 1) for i in range(len(text) - n + 1) if " ".join(text[i : i + n]) in told)
         assert found == (longest if longest >= t.N_WORDS else 0)
 
 
@@ -112,38 +101,27 @@ def test_wrong_endings_come_from_other_stories_and_are_about_as_long(stories):
     assert len({item.truth for item in items}) > 1
     lasts = [sentences(story)[-1].strip() for story in stories]
     for item in items:
-        whole = item.beginning + item.endings[item.truth]
-        (own,) = [i for i, story in enumerate(stories) if story.strip().startswith(whole)]
-        wrong = [ending.strip() for i, ending in enumerate(item.endings) if i != item.truth]
-        size = len(item.endings[item.truth].strip())
-        assert set(wrong) <= set(lasts[:own] + lasts[own + 1 :])
-        assert all(abs(len(ending) - size) <= t.LENGTH_TOLERANCE * size for ending in wrong)
-
-
-def test_stories_without_a_telling_ending_yield_nothing_and_the_end_is_left_off():
+        endings = [ending.strip() for ending in item.endings]
+        true = endings[item.truth]
+        assert any(story.strip().startswith(item.beginning + item.endings[item.truth]) for story in stories)
+        assert len(set(endings)) == 4
+        assert set(endings) - {true} <= set(lasts)
+        assert all(abs(len(ending) - len(true)) <= t.LENGTH_TOLERANCE * len(true) for ending in endings)
+    # A story without a telling ending yields nothing, and "The end." is left off.
     base = [f"A goose sat here. Then goose number {word} swam away. The end." for word in ("one", "two", "six", "ten")]
     items = t.ending_items(["Only one long sentence stands here.", "A goose sat. It slept.", *base])
     assert [item.endings[item.truth] for item in items[:2]] == [f" Then goose number {n} swam away." for n in ("one", "two")]
     assert len(items) == 4
 
 
-def test_the_rule_of_names_and_a_choice_that_is_shared_where_scores_tie():
+def test_the_rule_of_names_a_choice_that_is_shared_where_scores_tie_and_scores_per_byte(stories, tmp_path):
     endings = [" So they went home.", " And Mia hugged Otto.", " And Zoe hugged Mia.", " And Zoe ran."]
     assert t.shared_names([EndingItem("One day Mia met Otto.", endings, 1)]).tolist() == [[0, 2, 0, -1]]
     scores = np.array([[-1, -2, -3, -4], [-1, -2, -3, -4], [-1, -1, -2, -2], [-1, -1, -1, -1]])
     items = [EndingItem("", endings, truth) for truth in (0, 1, 1, 2)]
     assert t.chosen_rightly(scores, items).tolist() == [1.0, 0.0, 0.5, 0.25]
-
-
-def test_endings_are_scored_per_byte_and_a_model_alone_is_compared_with_the_rule(stories, tokenizer, tmp_path):
-    blm, gpt2 = load(save_blm(tmp_path / "blm", tokenizer), "cpu"), load(save_gpt2(tmp_path / "gpt2"), "cpu")
-    items = t.ending_items(stories, limit=3)
+    # A model's score is per byte of the ending.
+    gpt2, items = load(save_gpt2(tmp_path / "gpt2"), "cpu"), t.ending_items(stories, limit=3)
     beginning, ending = items[1].beginning, items[1].endings[2]
     before, whole = gpt2.story_bits([beginning, beginning + ending])
     assert t.ending_scores(gpt2, items)[1, 2] == pytest.approx((before - whole) / len(ending.encode()), rel=1e-4)
-    both, alone = t.ending_line(stories, blm, blm, limit=8), t.ending_line(stories, blm, limit=8)
-    assert both == alone | {"theirs": both["ours"]}
-    assert (alone["theirs"], alone["items"]) == (None, 8)
-    assert alone["above_names"] in ("wins", "loses", "undecided")
-    with pytest.raises(ValueError, match="none of 1 stories"):
-        t.ending_line(["One goose sat."], gpt2)

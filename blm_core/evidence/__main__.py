@@ -8,15 +8,13 @@ from blm_core.__main__ import carry_out, command_line, preset_of, sampling_argum
 from blm_core.config import ROOT, ConfigError
 from blm_core.data import read_stories
 from blm_core.evaluate import ratio_interval
-from blm_core.evidence import export, models, publish, ratings, rehearsal, speed, studies
+from blm_core.evidence import export, models, publish, ratings, rehearsal, speed
 from blm_core.files import write_json
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser, command = command_line("python -m blm_core.evidence", "Experiments, comparison and publishing.")
 
-    study = command("study", _study, "Carry out experiments; finished runs are kept.")
-    study.add_argument("names", nargs="*", help="which studies (default: all)")
     variables = command("variables", _variables, "Write _variables.yml for the report from a preset's results.", preset=True)
     variables.add_argument("--folder", type=Path, default=ROOT)
     command("publish", _publish, "Put executed notebooks, figures, run and model where they are committed.", preset=True)
@@ -38,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     score.add_argument("--text", type=Path, required=True, help="stories with <|endoftext|> between them")
     score.add_argument("--normalise", action="store_true", help="fold typography and white space first")
     cost = command("cost", _cost, "Measure size and speed of a model and its opponent by turns; minutes with GPT2-XL.")
-    cost.add_argument("--opponent", help="folder or hub name (default: BLM_GPT2XL, else GPT2-XL's shape with random weights)")
+    opponent = 'folder or hub name, or "random" for GPT2-XL\'s shape with random weights (default: BLM_GPT2XL, else gpt2-xl)'
+    cost.add_argument("--opponent", default=os.environ.get("BLM_GPT2XL") or "gpt2-xl", help=opponent)
 
     judge = command("judge", _judge, "Blind ratings: write sheets, let a server answer them, take the answers in.")
     judge.add_argument("folder", type=Path, help="of the sheets; answers lie in its folder answers/")
@@ -60,11 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     for sub in (bench, rehearse, record, score, cost):
         sub.add_argument("--device", default="cpu" if sub is cost else "auto")
     return carry_out(parser, arguments)
-
-
-def _study(args) -> None:
-    for name in args.names or [each.name for each in studies.STUDIES]:
-        studies.run(studies.find(name))
 
 
 def _variables(args) -> None:
@@ -110,7 +104,7 @@ def _score(args) -> None:
 
 
 def _cost(args) -> None:
-    opponent = args.opponent or os.environ.get("BLM_GPT2XL") or models.GPT2_XL
+    opponent = models.GPT2_XL if args.opponent == "random" else args.opponent
     result = speed.measure_cost(args.model, opponent, args.device)
     write_json(args.out, result)
     print(publish.markdown_table(*speed.ratio_table(result)))

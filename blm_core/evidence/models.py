@@ -1,8 +1,8 @@
 """Models under comparison, behind one small interface: bits of stories, and completions of prompts.
 
 - `BLM`: a model folder of this project; `TransformersModel`: any causal model of transformers, GPT2-XL first.
-- Every text stands behind the model's start token, in scoring as in sampling. Both kinds of model draw their tokens through
-  `generate.next_tokens`, and a sample depends on the seed, its number and its prompt alone.
+- Every text stands behind the model's start token. Both kinds of model draw tokens through `generate.next_tokens`, so that
+  a sample depends on the seed, its number and its prompt alone.
 - What a model has scored or written goes into JSON-lines files that are `continued` after a break (`record`, `score_stories`).
 
 transformers is imported here and nowhere else, and only when such a model is loaded.
@@ -12,7 +12,6 @@ import json
 import math
 import os
 import sys
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import version
@@ -35,7 +34,7 @@ GPT2_XL_PARAMETERS = 1_557_611_200  # counted on that configuration, the tied em
 LONGEST_CONTEXT = 2048  # tokens: stories are shorter, and a batch of logits has to fit into memory
 PROMPTS = Path(__file__).with_name("prompts.json")
 # GPT2-XL on TinyStories text: lower-cased and joined (ex7remum/TinyStoriesLM), and the mean perplexity of 500 single stories in
-# their own case (kkorolev1/deep-learning-2).
+# their own case (kkorolev1/deep-learning-2), which bounds their bits from above, by Jensen's inequality.
 PUBLISHED = {"perplexity": 5.2897, "tokens": 123_110, "characters": 500_000, "mean_perplexity": 6.7053}
 
 
@@ -43,8 +42,12 @@ class UnavailableError(RuntimeError):
     """Something the comparison needs is not there; the message says how to get it."""
 
 
-class ComparedModel(ABC):
-    """A model that scores and completes, in float32. `revision` names its weights."""
+class ComparedModel:
+    """A model that scores and completes, in float32. `revision` names its weights.
+
+    Each kind has `encode`, the tokens of a text behind the start token, `logits_of`, logits (B, T, V) of tokens (B, T), and
+    `complete_batch`, what is written behind each prompt. It raises ValueError for a prompt that leaves no room in the context.
+    """
 
     name: str
     revision: str
@@ -52,18 +55,6 @@ class ComparedModel(ABC):
     seq_len: int
     batch_size = 16  # completions at a time
     batch_tokens = 8192  # scored at a time
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """The tokens of `text` behind the start token."""
-
-    @abstractmethod
-    def logits_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) of tokens (B, T)."""
-
-    @abstractmethod
-    def complete_batch(self, prompts: list[str], sampling: Sampling, numbers: list[int]) -> list[str]:
-        """What the model writes behind each prompt. Raises ValueError for a prompt that leaves no room in the context."""
 
     def settings(self) -> dict:
         return {"model": self.name, "revision": self.revision}
@@ -89,10 +80,9 @@ class BLM(ComparedModel):
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         """Load the model in `folder`. Raises CheckpointError."""
-        self.device = _device(device)
-        self.model, self.tokenizer = load_model(Path(folder), str(self.device))
+        self.model, self.tokenizer = load_model(Path(folder), str(_device(device)))
+        self.device, self.seq_len = self.model.device, self.model.config.seq_len
         self.revision = sha256(Path(folder) / "model.safetensors")[:16]
-        self.seq_len = self.model.config.seq_len
 
     def encode(self, text: str) -> list[int]:
         return [self.tokenizer.eot, *self.tokenizer.encode(text)]
@@ -129,8 +119,7 @@ class TransformersModel(ComparedModel):
         self.model.to(self.device, torch.float32)
         self.model.generation_config = GenerationConfig()  # its own settings of sampling are not used
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-        own_hash = text_sha256("".join(sha256(path) for path in weights))[:16]
-        self.revision = own_hash if local else self.model.config._commit_hash
+        self.revision = text_sha256("".join(map(sha256, weights)))[:16] if local else self.model.config._commit_hash
         self.end = self.tokenizer.eos_token_id
         self.start = self.end if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         self.seq_len = min(self.model.config.max_position_embeddings, LONGEST_CONTEXT)
@@ -191,15 +180,9 @@ def random_gpt2(architecture: dict, device: str | torch.device = "cpu") -> torch
     return GPT2LMHeadModel(GPT2Config(**architecture)).eval().to(device)
 
 
-def published_bits() -> tuple[float, float]:
-    """GPT2-XL's two published marks in bits per byte; the second is an upper bound, by Jensen's inequality."""
-    per_token = PUBLISHED["tokens"] / PUBLISHED["characters"]
-    return math.log2(PUBLISHED["perplexity"]) * per_token, math.log2(PUBLISHED["mean_perplexity"]) * per_token
-
-
 def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
-    packages = ["torch", "numpy", "sentencepiece"] + ["transformers"] * ("transformers" in sys.modules)
+    packages = [name for name in ("torch", "numpy", "sentencepiece", "transformers") if name in sys.modules]
     return {"blm_core": __version__, "python": sys.version.split()[0], **{name: version(name) for name in packages}}
 
 
@@ -211,9 +194,9 @@ def _hub_answers() -> bool:
     """Whether it is worth to ask the hub: transformers tries for a minute before it gives up."""
     try:
         requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=5)
+        return True
     except requests.RequestException:
         return False
-    return True
 
 
 # ---- Prompts, and results in JSON-lines files
@@ -241,8 +224,8 @@ def record(model: ComparedModel, prompts: list[Prompt], out: Path, sampling: Sam
     wanted = [prompt._asdict() | {"sample": number} for number in range(samples) for prompt in prompts]
 
     def make(part: slice) -> list[dict]:
-        batch = wanted[part]
-        texts = model.complete([line["prompt"] for line in batch], sampling, [line["sample"] for line in batch])
+        prompts, numbers = ([line[name] for line in wanted[part]] for name in ("prompt", "sample"))
+        texts = model.complete(prompts, sampling, numbers)
         return [{"completion": text, "versions": versions()} for text in texts]
 
     return continued(out, wanted, {**model.settings(), "sampling": asdict(sampling)}, make, model.batch_size)
@@ -266,13 +249,11 @@ def continued(out: Path, wanted: list[dict], settings: dict, make: Callable[[sli
     lines = []
     if out.is_file():
         os.truncate(out, out.read_bytes().rfind(b"\n") + 1)
-        lines = read_lines(out)
+        lines = list(read_json_lines(out))
     for line, asked in zip(lines, wanted, strict=False):
         for name, value in (asked | settings).items():
-            if line.get(name) != value:
-                raise ValueError(
-                    f"{out} was recorded with {name} = {line.get(name)!r}, now it is {value!r}. Name another file."
-                )
+            if (old := line.get(name)) != value:
+                raise ValueError(f"{out} was recorded with {name} = {old!r}, now it is {value!r}. Name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(len(lines), len(wanted), at_once), desc=out.name):
         part = slice(start, start + at_once)
@@ -281,7 +262,3 @@ def continued(out: Path, wanted: list[dict], settings: dict, make: Callable[[sli
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in new)
         lines += new
     return lines[: len(wanted)]
-
-
-def read_lines(path: Path) -> list[dict]:
-    return list(read_json_lines(path))

@@ -12,8 +12,8 @@ import random
 import re
 from collections import Counter, namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from blm_core.clean import normalise
 from blm_core.config import ROOT, ConfigError
 from blm_core.evaluate import Interval, difference_interval, mean_interval, paired_difference, verdict
 from blm_core.evidence.text import measure
-from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, write_json_lines, written_aside
+from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, write_json_lines
 from blm_core.generate import Sampling, complete
 
 BEGINNING = "Once upon a time"
@@ -31,12 +31,8 @@ TEXTS = 72  # of each arm
 SENTENCE_END = re.compile(r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)[.!?][\"')]*(?= |$)")
 RUBRIC = ROOT / "runs" / "evidence" / "rubric.md"
 CRITERIA, QUESTIONS = ("grammar", "consistency", "plot"), ("child", "text")
-ANSWERS = {
-    **dict.fromkeys(CRITERIA, range(11)),
-    **dict.fromkeys(QUESTIONS, ("a", "b", "tie")),
-    "kind": ("child", "other", "none"),
-    "ends": ("yes", "no"),
-}
+OF_A_TEXT = {"kind": ("child", "other", "none"), **dict.fromkeys(CRITERIA, range(11)), "ends": ("yes", "no")}
+OF_A_PAIR = dict.fromkeys(QUESTIONS, ("a", "b", "tie"))
 RATERS = {"alone": ("r1", "r2"), "pairs-a": ("r1",), "pairs-b": ("r2",), "ladder": ("r1", "r2")}  # by kind of sheet
 XL, SAME, OWN = "GPT2-XL", "BLM, same decoding", "BLM, own decoding"
 ARMS = (XL, SAME, OWN, "ChatGPT", "329 M peer", "real")
@@ -48,9 +44,10 @@ DECODINGS = {
 }
 COHERENT = 5  # mean mark for consistency from which on a story for a small child counts
 
+# ---- Texts
 
-@dataclass(frozen=True)
-class Text:
+
+class Text(NamedTuple):
     """A treated text of one arm. `source` names it in its recording; `prompt` is the id of a longer beginning, else ""."""
 
     source: str
@@ -78,28 +75,23 @@ def match_lengths(texts: Sequence[Text], yardstick: Sequence[Text]) -> list[Text
     """`texts`, the n-th longest cut to the words of the n-th longest of `yardstick`, in the order given."""
     found, order = list(texts), sorted(range(len(texts)), key=lambda i: -texts[i].n_words)
     for limit, i in zip(sorted((t.n_words for t in yardstick), reverse=True), order, strict=True):
-        found[i] = replace(texts[i], text=cut(texts[i].text, limit))
+        found[i] = texts[i]._replace(text=cut(texts[i].text, limit))
     return found
 
 
 def same_length(*texts: Text) -> tuple[Text, ...]:
-    """Texts on one beginning, all cut to the words of the shortest."""
+    """Texts of one item, all cut to the words of the shortest."""
     limit = min(t.n_words for t in texts)
-    return tuple(replace(t, text=cut(t.text, limit)) for t in texts)
+    return tuple(t._replace(text=cut(t.text, limit)) for t in texts)
 
 
-def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) -> list[dict]:
-    """Completions by the model in `release`: for each (arm, prompts, n) `n` of each prompt; `revision` names the weights."""
-    (model, tokenizer), revision = load_model(release), sha256(release / "model.safetensors")[:16]
-    found = []
-    for arm, prompts, n in wanted:
-        names = [(name, i) for name in prompts for i in range(n)]
-        texts = complete(model, tokenizer, [prompts[name] for name, _ in names], DECODINGS[arm])
-        found += [
-            {"id": f"{arm}/{name}/{i}", "arm": arm, "prompt": name, "sample": i, "completion": text, "revision": revision}
-            for (name, i), text in zip(names, texts, strict=True)
-        ]
-    return found
+def on_one_prompt(name: str, prompt: str, *written: tuple[str, str, str]) -> tuple[Text, ...]:
+    """(source, arm, completion) of one prompt, whose id is `name`, as texts of one length."""
+    texts = []
+    for source, arm, completion in written:
+        glue = "" if prompt[-1:].isspace() or completion[:1] in " ,.;:!?'\n" else " "
+        texts.append(Text(source, arm, treated(prompt + glue + completion), name))
+    return same_length(*texts)
 
 
 def recorded(data: Path, *names: str) -> list[dict]:
@@ -116,24 +108,32 @@ def recorded_marks(data: Path) -> dict[str, dict]:
     }
 
 
+def write_own(release: Path, wanted: Sequence[tuple[str, dict[str, str], int]]) -> list[dict]:
+    """Completions by the model in `release`: for each (arm, prompts, n) `n` of each prompt; `revision` names the weights."""
+    (model, tokenizer), revision = load_model(release), sha256(release / "model.safetensors")[:16]
+    found = []
+    for arm, prompts, n in wanted:
+        names = [(name, i) for name in prompts for i in range(n)]
+        texts = complete(model, tokenizer, [prompts[name] for name, _ in names], DECODINGS[arm])
+        found += [
+            {"id": f"{arm}/{name}/{i}", "arm": arm, "prompt": name, "sample": i, "completion": text, "revision": revision}
+            for (name, i), text in zip(names, texts, strict=True)
+        ]
+    return found
+
+
 def arms(data: Path, valid: Path, own: Sequence[dict]) -> dict[str, list[Text]]:
     """The six arms of measure 1, treated and cut to GPT2-XL's lengths."""
-    once = recorded(data, "once_upon_a_time", "peers")
-    found = {
-        arm: [Text(r["id"], arm, treated(r["prompt"] + r["completion"])) for r in once if r["id"].startswith(start)]
-        for arm, start in {XL: "elex-gpt2xl-", "ChatGPT": "elex-chatgpt-", "329 M peer": "elex-my-"}.items()
-    }
-    stories = [treated(story) for story in valid.read_text(encoding="utf-8").split("<|endoftext|>")]
-    found["real"] = [
-        Text(f"{valid.stem}-{i}", "real", story)
-        for i, story in enumerate(stories)
-        if story.startswith(BEGINNING) and len(story.split()) >= SHORTEST
-    ]
+    once, found = recorded(data, "once_upon_a_time", "peers"), {}
+    for arm, start in {XL: "elex-gpt2xl-", "ChatGPT": "elex-chatgpt-", "329 M peer": "elex-my-"}.items():
+        found[arm] = [Text(r["id"], arm, treated(r["prompt"] + r["completion"])) for r in once if r["id"].startswith(start)]
+    stories = map(treated, valid.read_text(encoding="utf-8").split("<|endoftext|>"))
+    real = [Text(f"{valid.stem}-{i}", "real", story) for i, story in enumerate(stories) if story.startswith(BEGINNING)]
+    found["real"] = [t for t in real if t.n_words >= SHORTEST]
     for arm in DECODINGS:
         ours = [r for r in own if r["arm"] == arm and r["prompt"] == "once"]
         found[arm] = [Text(r["id"], arm, treated(BEGINNING + r["completion"])) for r in ours]
-    short = {arm: len(texts) for arm, texts in found.items() if len(texts) < TEXTS}
-    if short:
+    if short := {arm: len(texts) for arm, texts in found.items() if len(texts) < TEXTS}:
         raise ValueError(f"every arm needs {TEXTS} texts, found {short}.")
     return {arm: match_lengths(texts[:TEXTS], found[XL][:TEXTS]) for arm, texts in found.items()}
 
@@ -147,31 +147,63 @@ def measures(texts: dict[str, list[Text]]) -> dict[str, dict[str, list]]:
     }
 
 
-def longer_openings(data: Path) -> dict[str, dict]:
-    """GPT2-XL's completions of longer openings with at least SHORTEST words, by id."""
-    records = recorded(data, "published_completions", "published_completions_2")
-    longer = [r for r in records if len(r["prompt"].split()) > len(BEGINNING.split()) + 2]
-    return {r["id"]: r for r in longer if len(r["completion"].split()) >= SHORTEST}
+# ---- Sheets
 
 
-def ladder_prompts(data: Path) -> dict[str, dict[str, dict]]:
-    """The first 40 story prompts by SHA-256, each with its records by model (TinyStories-1M, -8M, -28M)."""
-    found: dict[str, dict[str, dict]] = {}
+def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> None:
+    """Write all sheets to `folder`, and our texts, the key and numbers of all texts to `evidence`.
+
+    Raises ValueError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
+    """
+    published = recorded(data, "published_completions", "published_completions_2")
+    published = [r for r in published if len(r["prompt"].split()) > 6 and len(r["completion"].split()) >= SHORTEST]
+    openings, theirs = ({r["id"]: r[name] for r in published} for name in ("prompt", "completion"))
+    ladder: dict[str, dict[str, dict]] = {}  # by prompt and model
     for r in recorded(data, "peers"):
         if r["id"].startswith("tinyscalelab") and r["kind"] == "story":
-            found.setdefault(r["prompt"], {}).setdefault(r["model"], r)
-    whole = [prompt for prompt, by_model in found.items() if len(by_model) == len(RUNGS)]
-    return {prompt: found[prompt] for prompt in sorted(whole, key=text_sha256)[:40]}
+            ladder.setdefault(r["prompt"], {}).setdefault(r["model"], r)
+    whole = [prompt for prompt, of in ladder.items() if len(of) == len(RUNGS)]
+    rungs = {next(iter(ladder[prompt].values()))["id"]: prompt for prompt in sorted(whole, key=text_sha256)[:40]}
+    once = {"once": BEGINNING}
+    own = write_own(release, [(SAME, once, TEXTS), (OWN, once, TEXTS), (SAME, openings, 1), (OWN, rungs, 1)])
+    ours = {(r["arm"], r["prompt"]): (r["id"], r["arm"], r["completion"]) for r in own}
+    texts = arms(data, valid, own)
 
+    drawn = list(texts[SAME])
+    random.Random(2).shuffle(drawn)
+    pairs = [same_length(*pair) for pair in zip(drawn, texts[XL], strict=True)]
+    for name, prompt in openings.items():
+        pairs.append(on_one_prompt(name, prompt, ours[SAME, name], (name, XL, theirs[name])))
+    own_words = [min(t.n_words for t in pair) - len(openings.get(pair[0].prompt, "").split()) for pair in pairs]
+    pairs = [pair for pair, n_words in zip(pairs, own_words, strict=True) if n_words >= SHORTEST]
+    swap = random.Random(4)
+    pairs = [pair if swap.random() < 0.5 else pair[::-1] for pair in pairs]
 
-def on_one_prompt(prompt: str, name: str, records: Sequence[tuple[str, str, dict]]) -> tuple[Text, ...]:
-    """Prompt and completion of each (source, arm, record), all cut to one length; `name` is the prompt's id."""
-    texts = []
-    for source, arm, record in records:
-        completion = record["completion"]
-        glue = "" if prompt[-1:].isspace() or completion[:1] in " ,.;:!?'\n" else " "
-        texts.append(Text(source, arm, treated(prompt + glue + completion), name))
-    return same_length(*texts)
+    rows = []
+    for name, prompt in rungs.items():
+        peers = [(f"{model}/{r['id']}", model, r["completion"]) for model, r in ladder[prompt].items()]
+        rows.append(on_one_prompt(name, prompt, *peers, ours[OWN, name]))
+    steps = [[(t,) for row in rows[i::5] for t in row] for i in range(5)]  # the texts of a prompt stand in one sheet
+    for i, sheet in enumerate(steps):
+        random.Random(f"ladder/{i}").shuffle(sheet)
+
+    sheets = {
+        "alone": in_sheets([(t,) for arm in texts.values() for t in arm], 12, 12, seed=3),
+        "pairs-a": in_sheets(pairs, 3, 6, seed=5),
+        "pairs-b": in_sheets([pair[::-1] for pair in pairs], 3, 6, seed=6),
+        "ladder": steps,
+    }
+    named = {f"{kind}{n:02d}": sheet for kind, of in sheets.items() for n, sheet in enumerate(of, 1)}
+    items = {name: {f"{name}-{i:02d}": item for i, item in enumerate(sheet, 1)} for name, sheet in named.items()}
+    key = {name: {i: key_entry(*item) for i, item in of.items()} for name, of in items.items()}
+    marks = evidence / "ratings" / "sheets.json"
+    if read_json(evidence / "key.json", {} if marks.exists() else key) != key:
+        raise ValueError(f"{evidence} holds the key or the marks of other sheets. Name another folder, or move both away.")
+    write_sheets(folder, items)
+    write_json(evidence / "key.json", key)
+    write_json(evidence / "measures.json", measures(texts))
+    write_json(evidence / "chatgpt_marks.json", recorded_marks(data))
+    write_json_lines(evidence / "blm_texts.jsonl", own)
 
 
 def in_sheets(items: Sequence, n_sheets: int, twice: int, seed: int) -> list[list]:
@@ -186,7 +218,7 @@ def in_sheets(items: Sequence, n_sheets: int, twice: int, seed: int) -> list[lis
     return sheets
 
 
-def key_entry(texts: Sequence[Text]) -> dict:
+def key_entry(*texts: Text) -> dict:
     """Whose the text or the two texts of an item are, without their words."""
     a, *b = ({"source": t.source, "arm": t.arm, "words": t.n_words, "sha256": text_sha256(t.text)[:16]} for t in texts)
     return {"a": a, "b": b[0], "prompt": texts[0].prompt} if b else a
@@ -197,9 +229,9 @@ def write_sheets(folder: Path, sheets: dict[str, dict[str, Sequence[Text]]]) -> 
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     alone, pairs = re.findall(r"# Rubric: .*?\n\n(.*?)\nAnswer: `(.*?)`\n", RUBRIC.read_text(encoding="utf-8"), re.DOTALL)
     for name, items in sheets.items():
-        task, example = pairs if name.startswith("pairs") else alone
-        labels = ("A: ", "B: ") if name.startswith("pairs") else ("",)
-        shown = {i: "\n\n".join(x + t.text for x, t in zip(labels, texts, strict=True)) for i, texts in items.items()}
+        (task, example), labels = (pairs, ("A: ", "B: ")) if name.startswith("pairs") else (alone, ("",))
+        texts = {i: "\n\n".join(label + t.text for label, t in zip(labels, item, strict=True)) for i, item in items.items()}
+        shown = [f"## {i}\n\n{text}\n" for i, text in texts.items()]
         for rater in RATERS[name[:-2]]:
             head = (
                 f"# {len(items)} items to judge\n\n{task}\nWrite one line of JSON for each item, in the order of the sheet and "
@@ -207,72 +239,24 @@ def write_sheets(folder: Path, sheets: dict[str, dict[str, Sequence[Text]]]) -> 
                 f"    {example}\n\nRead every text to its end before you judge it, and judge yourself, not by a program. "
                 "Use nothing but this sheet.\n"
             )
-            with written_aside(folder / f"{name}-{rater}.md") as aside:
-                aside.write_text("\n".join([head, *(f"## {i}\n\n{text}\n" for i, text in shown.items())]), encoding="utf-8")
+            (folder / f"{name}-{rater}.md").write_text("\n".join([head, *shown]), encoding="utf-8")
 
 
-def make(release: Path, data: Path, valid: Path, folder: Path, evidence: Path) -> None:
-    """Write all sheets to `folder`, and our texts, the key and numbers of all texts to `evidence`.
-
-    Raises ValueError where `evidence` holds the key of other sheets, or marks without a key: they would lose their meaning.
-    """
-    longer, ladder = longer_openings(data), ladder_prompts(data)
-    openings = {name: record["prompt"] for name, record in longer.items()}
-    rungs = {next(iter(by_model.values()))["id"]: prompt for prompt, by_model in ladder.items()}
-    once = {"once": BEGINNING}
-    own = write_own(release, [(SAME, once, TEXTS), (OWN, once, TEXTS), (SAME, openings, 1), (OWN, rungs, 1)])
-    ours = {(r["arm"], r["prompt"]): (r["id"], r["arm"], r) for r in own}
-    texts = arms(data, valid, own)
-
-    drawn = list(texts[SAME])
-    random.Random(2).shuffle(drawn)
-    pairs = [(same_length(*pair), 0) for pair in zip(drawn, texts[XL], strict=True)]
-    for name, prompt in openings.items():
-        pairs.append((on_one_prompt(prompt, name, [ours[SAME, name], (name, XL, longer[name])]), len(prompt.split())))
-    pairs = [pair for pair, given in pairs if min(t.n_words for t in pair) - given >= SHORTEST]
-    swap = random.Random(4)
-    first = [pair if swap.random() < 0.5 else pair[::-1] for pair in pairs]
-
-    rows = []  # the four texts of a prompt of the ladder stand in one sheet
-    for name, prompt in rungs.items():
-        theirs = [(f"{model}/{r['id']}", model, r) for model, r in ladder[prompt].items()]
-        rows.append(on_one_prompt(prompt, name, [*theirs, ours[OWN, name]]))
-    steps = [[(t,) for row in rows[i::5] for t in row] for i in range(5)]
-    for i, sheet in enumerate(steps):
-        random.Random(f"ladder/{i}").shuffle(sheet)
-
-    kinds = {
-        "alone": in_sheets([(t,) for arm in texts.values() for t in arm], 12, 12, seed=3),
-        "pairs-a": in_sheets(first, 3, 6, seed=5),
-        "pairs-b": in_sheets([pair[::-1] for pair in first], 3, 6, seed=6),
-        "ladder": steps,
-    }
-    named = {f"{kind}{n:02d}": sheet for kind, sheets in kinds.items() for n, sheet in enumerate(sheets, 1)}
-    sheets = {name: {f"{name}-{i:02d}": item for i, item in enumerate(sheet, 1)} for name, sheet in named.items()}
-    key = {name: {i: key_entry(item) for i, item in items.items()} for name, items in sheets.items()}
-    marks = evidence / "ratings" / "sheets.json"
-    if read_json(evidence / "key.json", {} if marks.exists() else key) != key:
-        raise ValueError(f"{evidence} holds the key or the marks of other sheets. Name another folder, or move both away.")
-    write_sheets(folder, sheets)
-    write_json(evidence / "key.json", key)
-    write_json(evidence / "measures.json", measures(texts))
-    write_json(evidence / "chatgpt_marks.json", recorded_marks(data))
-    write_json_lines(evidence / "blm_texts.jsonl", own)
+# ---- Answers
 
 
 def problems(answers: Sequence[dict], key: dict) -> list[str]:
     """What is wrong with the answers to a sheet, of which `key` is the part of the key; nothing where they are whole."""
-    fields = {"id", *(QUESTIONS if all("a" in item for item in key.values()) else ("kind", "ends", *CRITERIA))}
+    asked = OF_A_PAIR if all("a" in item for item in key.values()) else OF_A_TEXT
     counts = Counter(str(answer.get("id")) for answer in answers)
     found = [f"{name} is answered {counts[name]} times" for name in key if counts[name] != 1]
     found += [f"{name!r} is not on the sheet" for name in counts if name not in key]
     for answer in answers:
-        if answer.keys() != fields:
-            found.append(f"{answer.get('id')} has the fields {', '.join(sorted(answer))}, not {', '.join(sorted(fields))}")
-        for name in answer.keys() & ANSWERS.keys():
-            known = list(map(repr, ANSWERS[name]))  # as text, since 6.0 and True are no marks
-            if repr(answer[name]) not in known:
-                found.append(f"{answer.get('id')}: {name} is {answer[name]!r}, not one of {', '.join(known)}")
+        found += [f"{answer.get('id')}: nobody asked for {name}" for name in answer if name not in ("id", *asked)]
+        for name, choices in asked.items():
+            known = list(map(repr, choices))  # as text, since 6.0 and True are no marks
+            if repr(answer.get(name)) not in known:
+                found.append(f"{answer.get('id')}: {name} is {answer.get(name)!r}, not one of {', '.join(known)}")
     return found
 
 
@@ -324,17 +308,18 @@ def ask(folder: Path) -> None:
         except OpenAIError as error:
             raise ValueError(f"{url} did not answer {sheet.name}: {type(error).__name__}: {error}") from error
         lines = [line.strip() for line in (reply.choices[0].message.content or "").splitlines()]
-        with written_aside(target) as aside:
-            aside.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
+        target.parent.mkdir(exist_ok=True)
+        target.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Rated:
+# ---- What follows from the answers
+
+
+class Rated(NamedTuple):
     """A text and its two raters' answers, r1's first."""
 
     source: str
     arm: str
-    sheet: str
     answers: tuple[dict, dict]
 
     def mark(self, *criteria: str) -> float:
@@ -354,18 +339,20 @@ class Rated:
         return self.for_a_child and self.mark("consistency") >= threshold
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A text of the BLM and one of GPT2-XL: for each of the two orders, the BLM's side ("a" or "b") and the answer."""
+class Pair(NamedTuple):
+    """Two texts, the BLM's and `xl` of GPT2-XL: for each of the two orders, the BLM's side ("a" or "b") and the answer."""
 
-    blm: str
     xl: str
     prompt: str
     orders: tuple[tuple[str, dict], tuple[str, dict]]
 
     def points(self, question: str) -> tuple[float, float]:
         """Of the BLM in each order: 1 for a win, 0.5 for a tie."""
-        return tuple(_points(answer[question], side) for side, answer in self.orders)
+        return tuple(points(answer[question], side) for side, answer in self.orders)
+
+
+def points(preferred: str, side: str) -> float:
+    return 0.5 if preferred == "tie" else float(preferred == side)
 
 
 def win_rate(pairs: Sequence[Pair], question: str) -> Interval:
@@ -377,11 +364,16 @@ def win_rate(pairs: Sequence[Pair], question: str) -> Interval:
 Line = namedtuple("Line", "name value low high verdict n unit")
 
 
-class Ratings:
-    """The committed marks of `evidence`: `alone` and `ladder` by text, `pairs` by pair.
+def line(name: str, gap: Sequence[float], n: int, unit: str = "points of 100") -> Line:
+    scale = 100 if unit == "points of 100" else 1
+    return Line(name, *(scale * end for end in gap), verdict(*gap[1:], "higher"), n, unit)
 
-    What stands in two sheets counts with the first of them; `repeated` and `repeated_pairs` hold both answers. Raises
-    ValueError where a sheet is not rated.
+
+class Ratings:
+    """The committed marks of `evidence`. Raises ValueError where a sheet is not rated.
+
+    `by_arm` holds the texts that were rated alone, `rungs` those of the ladder by prompt and arm, `groups` the `pairs` by
+    beginning. What stands in two sheets counts with the first; `repeated` and `repeated_pairs` hold both answers.
     """
 
     def __init__(self, evidence: Path):
@@ -389,148 +381,76 @@ class Ratings:
         wanted = {f"{sheet}-{rater}" for sheet in key for rater in RATERS[sheet[:-2]]}
         if not wanted or wanted - self.noted.keys():
             raise ValueError(f"{evidence}: {len(wanted & self.noted.keys())} of {len(wanted)} sheets are rated.")
-        texts: list[Rated] = []
-        twice: dict[str, list] = {}
+        texts: dict[str, dict[str, list[Rated]]] = {"alone": {}, "ladder": {}}
         pairs: dict[tuple, dict[str, list]] = {}  # by both texts; then by order, in one sheet or two
         for sheet, items in key.items():
-            files = [evidence / "ratings" / f"{sheet}-{rater}.jsonl" for rater in RATERS[sheet[:-2]]]
+            kind = sheet[:-2]
+            files = [evidence / "ratings" / f"{sheet}-{rater}.jsonl" for rater in RATERS[kind]]
             by_rater = [{answer["id"]: answer for answer in read_json_lines(file)} for file in files]
+            answers = {name: tuple(of[name] for of in by_rater) for name in items}
+            if kind in texts:
+                # Backwards, and a repeated text at its last place: in this order the committed intervals were drawn.
+                for name, item in reversed(items.items()):
+                    before = texts[kind].pop(item["source"], [])
+                    texts[kind][item["source"]] = [*before, Rated(item["source"], item["arm"], answers[name])]
+                continue
             for name, item in items.items():
-                answers = tuple(of[name] for of in by_rater)
-                if "a" in item:
-                    side, other = "ab" if item["a"]["arm"] == SAME else "ba"
-                    both = item[side]["source"], item[other]["source"], item["prompt"]
-                    pairs.setdefault(both, {}).setdefault(sheet[:-2], []).append((side, *answers))
-                else:
-                    texts.append(Rated(item["source"], item["arm"], sheet, answers))
-                    twice.setdefault(item["source"], []).append(answers)
-        # This order of the texts is the one that the committed intervals were drawn in.
-        once = list({t.source: t for t in sorted(texts, key=lambda t: t.sheet, reverse=True)}.values())[::-1]
-        self.alone, self.ladder = ([t for t in once if t.sheet.startswith(kind)] for kind in ("alone", "ladder"))
-        self.pairs = [Pair(*both, (of["pairs-a"][0], of["pairs-b"][0])) for both, of in pairs.items()]
-        self.repeated = [answers for answers in twice.values() if len(answers) == 2]
+                side, other = "ab" if item["a"]["arm"] == SAME else "ba"
+                both = item[side]["source"], item[other]["source"], item["prompt"]
+                pairs.setdefault(both, {}).setdefault(kind, []).append((side, *answers[name]))
+        alone, ladder = ([given[0] for given in of.values()] for of in texts.values())
+        self.texts = alone + ladder
+        self.by_arm = {arm: [t for t in alone if t.arm == arm] for arm in ARMS}
+        self.rungs: dict[str, dict[str, Rated]] = {}
+        for t in ladder:
+            self.rungs.setdefault(t.source.split("/")[1], {})[t.arm] = t
+        self.pairs = [Pair(xl, prompt, (of["pairs-a"][0], of["pairs-b"][0])) for (_, xl, prompt), of in pairs.items()]
+        self.repeated = [[t.answers for t in given] for given in texts["alone"].values() if len(given) == 2]
         self.repeated_pairs = [given for of in pairs.values() for given in of.values() if len(given) == 2]
-
-    def arm(self, name: str) -> list[Rated]:
-        return [t for t in self.alone if t.arm == name]
+        bare, stories = [p for p in self.pairs if not p.prompt], {t.source for t in self.by_arm[XL] if t.a_story}
+        fair = [p for p in bare if p.xl in stories]  # both raters called GPT2-XL's text a story
+        self.groups = {BEGINNING: bare, "the fair fight": fair, "longer openings": [p for p in self.pairs if p.prompt]}
 
     def share(self, arm: str, threshold: float = COHERENT) -> Interval:
         """The share of an arm's texts that count under measure 1."""
-        return mean_interval([t.counts(threshold) for t in self.arm(arm)])
+        return mean_interval([t.counts(threshold) for t in self.by_arm[arm]])
 
     def share_difference(self, threshold: float = COHERENT, arm: str = SAME) -> Interval:
         """Measure 1: the share of `arm` minus GPT2-XL's, each resampled by its own texts."""
-        return difference_interval(*([t.counts(threshold) for t in self.arm(a)] for a in (arm, XL)))
-
-    def groups(self) -> dict[str, list[Pair]]:
-        """The pairs by beginning; in the fair fight those of the first whose GPT2-XL text both raters called a story."""
-        stories = {t.source for t in self.arm(XL) if t.a_story}
-        bare = [p for p in self.pairs if not p.prompt]
-        fair, longer = [p for p in bare if p.xl in stories], [p for p in self.pairs if p.prompt]
-        return {BEGINNING: bare, "the fair fight": fair, "longer openings": longer}
-
-    def rungs(self) -> dict[str, dict[str, Rated]]:
-        """The ladder's texts by prompt and arm."""
-        found: dict[str, dict[str, Rated]] = {}
-        for t in self.ladder:
-            found.setdefault(t.source.split("/")[1], {})[t.arm] = t
-        return found
+        return difference_interval(*([t.counts(threshold) for t in self.by_arm[a]] for a in (arm, XL)))
 
     def lines(self) -> list[Line]:
         """All lines that the raters decide, the two primaries first."""
-        found: list[Line] = []
-
-        def add(name: str, gap: Sequence[float], n: int, unit: str = "points of 100") -> None:
-            scale = 100 if unit == "points of 100" else 1
-            found.append(Line(name, *(scale * end for end in gap), verdict(*gap[1:], "higher"), n, unit))
-
-        def add_wins(name: str, group: str, question: str) -> None:
-            pairs = self.groups()[group]
-            add(name, [end - 0.5 for end in win_rate(pairs, question)], len(pairs))
-
-        add("1 stories that hang together, BLM minus GPT2-XL", self.share_difference(), len(self.arm(SAME)))
-        add_wins("2 which would you read to a child?", BEGINNING, "child")
-        add_wins("better as text, whatever its kind", BEGINNING, "text")
-        add_wins("fair fight: read to a child", "the fair fight", "child")
-        add_wins("fair fight: better as text", "the fair fight", "text")
-        add_wins("longer openings: read to a child", "longer openings", "child")
-        add_wins("longer openings: better as text", "longer openings", "text")
-        add("stories that hang together, own decoding", self.share_difference(arm=OWN), len(self.arm(OWN)))
-        for criterion in CRITERIA:
-            both = [[t.mark(criterion) for t in self.arm(arm)] for arm in (SAME, XL)]
-            add(f"{criterion}, BLM minus GPT2-XL", difference_interval(*both), len(both[0]), "marks")
-            found[-1] = found[-1]._replace(verdict="no decision")  # the protocol reports mean marks without one
-        rungs = self.rungs().values()
+        n = {arm: len(texts) for arm, texts in self.by_arm.items()}
+        found = [line("1 stories that hang together, BLM minus GPT2-XL", self.share_difference(), n[SAME])]
+        for name, group, question in (
+            ("2 which would you read to a child?", BEGINNING, "child"),
+            ("better as text, whatever its kind", BEGINNING, "text"),
+            ("fair fight: read to a child", "the fair fight", "child"),
+            ("fair fight: better as text", "the fair fight", "text"),
+            ("longer openings: read to a child", "longer openings", "child"),
+            ("longer openings: better as text", "longer openings", "text"),
+        ):
+            pairs = self.groups[group]
+            found.append(line(name, [end - 0.5 for end in win_rate(pairs, question)], len(pairs)))
+        found.append(line("stories that hang together, own decoding", self.share_difference(arm=OWN), n[OWN]))
+        for criterion in CRITERIA:  # the protocol reports mean marks without a decision
+            gap = difference_interval(*([t.mark(criterion) for t in self.by_arm[arm]] for arm in (SAME, XL)))
+            marks = line(f"{criterion}, BLM minus GPT2-XL", gap, n[SAME], "marks")
+            found.append(marks._replace(verdict="no decision"))
         for rung in RUNGS:
-            both = [[of[arm].mark(*CRITERIA) for of in rungs] for arm in (OWN, rung)]
-            add(f"mean mark, BLM minus {rung}", paired_difference(*both), len(rungs), "marks")
-        return found
-
-    def outcome(self) -> str:
-        """The claim by the protocol's rule: "made", "refuted", "undecided", or "not made" where the instrument fails."""
-        first, second = (line.verdict for line in self.lines()[:2])
-        if "loses" in (first, second):
-            return "refuted"
-        if self.share("real").value < 0.5:
-            return "not made"
-        return "made" if first == second == "wins" else "undecided"
-
-    def agreement(self) -> dict[str, float]:
-        """Cohen's kappa of kind, end and both preferences (the two orders), Krippendorff's alpha of the marks (interval)."""
-        from krippendorff import alpha
-        from sklearn.metrics import cohen_kappa_score
-
-        def both(name: str) -> np.ndarray:  # (2, texts)
-            return np.array([[answer[name] for answer in t.answers] for t in self.alone + self.ladder]).T
-
-        found = {f"{name}, kappa": cohen_kappa_score(*both(name)) for name in ("kind", "ends")}
-        found |= {f"{name}, alpha": alpha(both(name).astype(float), level_of_measurement="interval") for name in CRITERIA}
-        for name in QUESTIONS:
-            orders = np.array([p.points(name) for p in self.pairs]).T.astype(str)
-            found[f"{name}, kappa of the two orders"] = cohen_kappa_score(*orders)
-        return {name: float(value) for name, value in found.items()}
-
-    def noise(self) -> dict[str, float]:
-        """Texts and pairs that stand in two sheets: mean distance of their marks, and how often the answers are the same."""
-        answers = [both for first, second in self.repeated for both in zip(first, second, strict=True)]
-        found = {name: np.mean([abs(x[name] - y[name]) for x, y in answers]) for name in CRITERIA}
-        found["same kind"] = np.mean([x["kind"] == y["kind"] for x, y in answers])
-        found["same preference"] = np.mean([x["child"] == y["child"] for (_, x), (_, y) in self.repeated_pairs])
-        return {"texts": len(self.repeated), "pairs": len(self.repeated_pairs), **{k: float(v) for k, v in found.items()}}
-
-    def position_pull(self) -> Interval:
-        """How often the text shown first is read to a child, over both orders; 0.5 is no pull."""
-        return mean_interval([np.mean([_points(answer["child"], "a") for _, answer in p.orders]) for p in self.pairs])
-
-    def validity(self, marks: dict[str, dict]) -> dict[str, float]:
-        """Spearman's correlation of the mean marks with ChatGPT's recorded ones: consistency, and fluency with grammar."""
-        from scipy.stats import spearmanr
-
-        texts = [t for t in self.alone if t.source in marks]
-        found: dict[str, float] = {"texts": len(texts)}
-        for theirs, ours in (("consistency", "consistency"), ("fluency", "grammar")):
-            found[theirs] = float(spearmanr([t.mark(ours) for t in texts], [marks[t.source][theirs] for t in texts]).statistic)
+            gap = paired_difference(*([of[arm].mark(*CRITERIA) for of in self.rungs.values()] for arm in (OWN, rung)))
+            found.append(line(f"mean mark, BLM minus {rung}", gap, len(self.rungs), "marks"))
         return found
 
 
-def _points(preferred: str, side: str) -> float:
-    return 0.5 if preferred == "tie" else float(preferred == side)
+def outcome(first: str, second: str, real: float) -> str:
+    """The claim by the protocol's rule, from the verdicts of both primaries and the share of real stories that count.
 
-
-def earlier_by_kind(evidence: Path) -> dict[str, dict]:
-    """Preferences of an earlier trial over GPT2-XL by kind of beginning, and "all": prompts, wins, ties, losses, rate.
-
-    They were given to the first release, of 3.2 M parameters. The rate is the mean over prompts of each prompt's mean, a
-    tie counting one half, with its interval over prompts.
+    "made", "refuted", "undecided", or "not made" where the raters are too strict for the rule.
     """
-    given = [mark for path in sorted((evidence / "ratings").glob("shuffle-*.jsonl")) for mark in read_json_lines(path)]
-    given = [mark for mark in given if {mark["first"], mark["second"]} == {"BLM", "gpt2-xl"}]
-    found = {}
-    for kind in ("all", *sorted({mark["kind"] for mark in given})):
-        marks = [mark for mark in given if kind in ("all", mark["kind"])]
-        points = [_points(mark["preferred"], "first" if mark["first"] == "BLM" else "second") for mark in marks]
-        prompts = np.array([mark["prompt"] for mark in marks])
-        rate = mean_interval([np.mean(np.array(points)[prompts == prompt]) for prompt in sorted(set(prompts))])
-        counts = {"wins": points.count(1), "ties": points.count(0.5), "losses": points.count(0)}
-        found[kind] = {"prompts": len(set(prompts)), **counts, "rate": rate}
-    return found
+    if "loses" in (first, second):
+        return "refuted"
+    if real < 0.5:
+        return "not made"
+    return "made" if first == second == "wins" else "undecided"

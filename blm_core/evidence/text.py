@@ -2,17 +2,17 @@
 
 - `measure` and `distance`: numbers of each text, and how far a set of texts lies from real stories
 - `copied`: the longest run of words shared with a stated sample of the training stories
-- `ending_line`: does a model find the true last sentence likeliest? Beside it, a rule that knows names only
+- `ending_items`, `ending_scores`: is the true last sentence of a story the likeliest of four? `shared_names` knows names only
 
-A measure that a text cannot have, such as names kept in a text without names, is nan and counts as not defined.
+A measure that a text cannot have, such as names kept in a text without names, is nan.
 """
 
 import math
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import resources
 from itertools import pairwise, takewhile
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from blm_core.clean import fold, words
-from blm_core.evaluate import Interval, mean_interval, paired_difference, verdict
+from blm_core.evaluate import Interval, mean_interval
 from blm_core.evidence.models import ComparedModel
 
 # A capitalised word behind a lower-case letter, a digit or a comma: it is not capitalised because a sentence starts.
@@ -59,10 +59,7 @@ def sentences(text: str) -> list[str]:
 
 def inflections(word: str) -> set[str]:
     """`word` and its regular forms: -s, -ed, -ing, -er, -est, -ly, with y to i, dropped e and doubled consonant."""
-    stems = {word}
-    if re.search("[^aeiou]y$", word):
-        stems.add(word[:-1] + "i")
-    stems.add(word.removesuffix("e"))
+    stems = {word, word.removesuffix("e"), re.sub("(?<=[^aeiou])y$", "i", word)}
     if re.search("[^aeiou][aeiou][^aeiouwxy]$", word):
         stems.add(word + word[-1])
     return {word} | {stem + ending for stem in stems for ending in ("s", "es", "ed", "ing", "er", "est", "ly", "'s")}
@@ -79,7 +76,7 @@ def _textstat():
 
 @lru_cache
 def easy_words() -> frozenset[str]:
-    """The Dale-Chall list of words that most children of ten know (Dale and Chall, 1995; textstat's copy) and their forms."""
+    """Words that most children of ten know (Dale and Chall, 1995; textstat's copy), with their regular forms."""
     listed = (resources.files(_textstat()) / "resources/en/easy_words.txt").read_text().split()
     return frozenset(form for word in listed for form in inflections(word.lower()))
 
@@ -102,10 +99,7 @@ def dialogue_share(text: str) -> float:
 
 
 def distinct_pairs(text: str, length: int) -> float:
-    """The share of distinct ones among the pairs of neighbouring words (Li et al., 2016), in the first `length` words.
-
-    The share falls as texts grow, so only equal lengths compare: a text with fewer words is nan.
-    """
+    """The share of distinct pairs of neighbouring words (Li et al., 2016) in the first `length` words; nan with fewer."""
     found = words(fold(text))[:length]
     return len(set(pairwise(found))) / (length - 1) if len(found) == length else math.nan
 
@@ -118,13 +112,8 @@ def names(text: str) -> set[str]:
 
 
 def names_kept(text: str) -> float:
-    """The share of the names in the first third of the sentences that stand again in the last third.
-
-    nan without such a name, or with fewer than three sentences.
-    """
+    """The share of the names in the first third of the sentences that stand again in the last third."""
     parts = sentences(fold(text))
-    if len(parts) < 3:
-        return math.nan
     third = len(parts) // 3
     last = _words_as_written(" ".join(parts[-third:]))
     return _mean([name in last for name in _words_as_written(" ".join(parts[:third])) & names(text)])
@@ -144,7 +133,7 @@ def measure(texts: Sequence[str], length: int = 100) -> dict[str, np.ndarray]:
         "easy words": easy_share,
         "reading grade": reading_grade,
         "dialogue": dialogue_share,
-        "distinct pairs": lambda text: distinct_pairs(text, length),
+        "distinct pairs": partial(distinct_pairs, length=length),
         "names kept": names_kept,
     }
     return {name: np.array([of(text) for text in texts], dtype=np.float64) for name, of in measures.items()}
@@ -155,28 +144,17 @@ def mean_where_defined(values: np.ndarray) -> Interval:
 
 
 def distance(measures: dict[str, np.ndarray], real: dict[str, np.ndarray]) -> dict[str, Interval]:
-    """How far texts lie from real stories: (mean - mean of real) / standard deviation of real (Glass's delta).
-
-    The interval is a bootstrap over the texts; mean and deviation of the real stories are taken as known, so there should be
-    many of them.
-    """
-    known = {name: values[np.isfinite(values)] for name, values in real.items()}
-    scale = {name: (values.mean(), values.std(ddof=1)) for name, values in known.items()}
-    return {name: mean_where_defined((values - scale[name][0]) / scale[name][1]) for name, values in measures.items()}
+    """(mean of texts - mean of real stories) / standard deviation of real (Glass's delta), which count as known."""
+    return {
+        name: mean_where_defined((values - np.nanmean(real[name])) / np.nanstd(real[name], ddof=1))
+        for name, values in measures.items()
+    }
 
 
-def set_against(ours: dict[str, Interval], theirs: dict[str, Interval]) -> Counter:
-    """In how many measures `ours` is clearly "nearer" to real stories than `theirs`, clearly "farther", or "undecided".
-
-    Both as `distance` gives them, compared without their sign; clearly means that the two intervals do not meet.
-    """
-    counts: Counter = Counter()
-    for name, (_, a_low, a_high) in ours.items():
-        _, b_low, b_high = theirs[name]
-        nearer = max(a_high, -a_low) < max(b_low, -b_high)
-        farther = max(a_low, -a_high) > max(b_high, -b_low)
-        counts["nearer" if nearer else "farther" if farther else "undecided"] += 1
-    return counts
+def clearly_nearer(ours: dict[str, Interval], theirs: dict[str, Interval]) -> list[str]:
+    """The measures in which `ours` lies nearer to real stories than `theirs`: their intervals without sign do not meet."""
+    largest = {name: max(high, -low) for name, (_, low, high) in ours.items()}
+    return [name for name, (_, low, high) in theirs.items() if largest[name] < max(low, -high)]
 
 
 # ---- Copying
@@ -231,10 +209,9 @@ class EndingItem(NamedTuple):
 
 
 def ending_items(stories: list[str], limit: int | None = None) -> list[EndingItem]:
-    """One item per story that yields one, in the stories' order.
+    """One item per story that yields one, as in the Story Cloze test (Mostafazadeh et al., 2016), but with three wrong endings.
 
-    As in the Story Cloze test (Mostafazadeh et al., 2016), but with three wrong endings, drawn at random among the last
-    sentences of other stories whose bytes differ by at most a quarter. A closing "The end." is left off.
+    They are drawn among the last sentences of other stories, of about as many bytes. A closing "The end." is left off.
     """
     rng = np.random.default_rng(0)
     parts = [sentences(story.strip()) for story in stories]
@@ -286,25 +263,3 @@ def chosen_rightly(scores: np.ndarray, items: list[EndingItem]) -> np.ndarray:
     """1 where the true ending has the highest score (n,); where k endings tie, 1 / k if it is one of them."""
     best = scores == scores.max(1, keepdims=True)
     return best[np.arange(len(items)), [item.truth for item in items]] / best.sum(1)
-
-
-def ending_line(stories: list[str], ours: ComparedModel, theirs: ComparedModel | None = None, limit: int | None = None) -> dict:
-    """How often each model finds the true ending likeliest per byte, with intervals over stories.
-
-    `ours`, `theirs` and `names` (the rule `shared_names`) are intervals of accuracy over `items` stories; `above_names` is the
-    verdict of ours against the rule. Raises ValueError where no story yields an item.
-    """
-    items = ending_items(stories, limit)
-    if not items:
-        raise ValueError(f"none of {len(stories)} stories yields endings to choose from.")
-    by_names = chosen_rightly(shared_names(items), items)
-    right = [chosen_rightly(ending_scores(model, items), items) for model in (ours, theirs) if model]
-    difference = paired_difference(right[0], by_names)
-    return {
-        "items": len(items),
-        "ours": mean_interval(right[0]),
-        "theirs": mean_interval(right[1]) if theirs else None,
-        "names": mean_interval(by_names),
-        "difference_names": difference,
-        "above_names": verdict(difference.low, difference.high, better="higher"),
-    }
