@@ -3,7 +3,6 @@
 import contextlib
 import os
 import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -55,18 +54,6 @@ def small_disk(tmp_path):
         pytest.skip(f"a small disk may not be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", disk], check=True)
-
-
-@pytest.fixture
-def with_quota():
-    """Run code in a process that may write `size` bytes to a file; a write beyond them fails, or kills the process."""
-
-    def run(size: int, code: str, *arguments, beyond: str = "SIG_IGN") -> subprocess.CompletedProcess:
-        limits = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
-        code = f"import resource, signal, sys\nsignal.signal(signal.SIGXFSZ, signal.{beyond})\n{limits}\n{code}"
-        return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
-
-    return run
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from blm_core.tokens import NOT_SCORED, Batches, TokenStories, pack
+from blm_core.tokens import NOT_SCORED, Batches, TokenStories
 
 EOT = 0
 
@@ -39,17 +39,14 @@ def windows(batches: Batches, epoch: int) -> list[np.ndarray]:
     return [batches.window(i) for i in range(epoch * count, (epoch + 1) * count)]
 
 
-many_sizes = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@many_sizes
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=25), seq_len=st.integers(1, 24), seed=st.integers(0, 99))
-def test_every_token_of_an_epoch_is_an_input_once_with_what_follows_as_target(tmp_path, lengths, seq_len, seed):
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 24), st.integers(0, 60))
+def test_every_token_of_an_epoch_is_an_input_once_with_what_follows_as_target(tmp_path, lengths, seq_len, most):
     stories = encoded(tmp_path, lengths)
-    batches = Batches(stories, seq_len, 2, seed)
+    batches = Batches(stories, seq_len, 2, seed=1, max_stories=most)
     expected = sorted(  # stories are whole unless longer than a window
         (story[i : i + seq_len], [*story, EOT][i + 1 : i + seq_len + 1])
-        for story in (story.tolist() for story in stories)
+        for story in (story.tolist() for story in list(stories)[: most or None])
         for i in range(0, len(story), seq_len)
     )
     for epoch in range(3):
@@ -57,22 +54,11 @@ def test_every_token_of_an_epoch_is_an_input_once_with_what_follows_as_target(tm
         for inputs, targets, numbers in found:
             pieces += [(inputs[numbers == n].tolist(), targets[numbers == n].tolist()) for n in range(numbers.max() + 1)]
             padding += (numbers < 0).sum()
-            assert (targets[numbers < 0] == NOT_SCORED).all()
-            assert (inputs[numbers < 0] == EOT).all()
+            assert set(targets[numbers < 0]) <= {NOT_SCORED}
+        assert sum((numbers >= 0).sum() * 2 <= seq_len for _, _, numbers in found) <= 1  # two such would have been one window
         assert sorted(pieces) == expected
-        assert batches.tokens_per_epoch == sum(lengths) == len(found) * seq_len - padding
+        assert batches.tokens_per_epoch == len(found) * seq_len - padding
         assert batches.padding == pytest.approx(padding / (len(found) * seq_len))
-
-
-@many_sizes
-@given(lengths=st.lists(st.integers(1, 16), min_size=1, max_size=200))
-def test_packing_places_every_piece_once_and_no_window_holds_too_much(lengths):
-    patterns = pack(np.array(lengths), 16)
-    placed = [length for pattern, times in patterns for length in pattern * times]
-    assert sorted(placed) == sorted(lengths)
-    assert max(sum(pattern) for pattern, _ in patterns) <= 16
-    # Two windows that are not more than half full would have been one.
-    assert sum(times for pattern, times in patterns if sum(pattern) <= 8) <= 1
 
 
 def test_a_position_in_training_is_nothing_but_a_step_and_the_processes_share_its_batch(stories):
@@ -87,21 +73,15 @@ def test_a_position_in_training_is_nothing_but_a_step_and_the_processes_share_it
 
 
 def test_the_order_of_windows_depends_on_seed_and_epoch_alone(stories):
-    reference = np.array(windows(Batches(stories, 64, 4, seed=3), 0) + windows(Batches(stories, 64, 4, seed=3), 1))
-    for size in (1, 3, 7):
-        same = Batches(stories, 64, size, seed=3)
-        assert np.array_equal(torch.cat([same.batch(step) for step in range(30 // size)]), reference[: 30 // size * size])
     batches, other = Batches(stories, 64, 4, seed=3), Batches(stories, 64, 4, seed=4)
+    reference = torch.cat([batches.batch(step) for step in range(6)])
+    for size in (1, 3, 8):
+        same = Batches(stories, 64, size, seed=3)
+        assert torch.cat([same.batch(step) for step in range(24 // size)]).equal(reference)
     drawn = [
         {tuple(sorted(w[0][w[2] >= 0].tolist())) for w in windows(*which)} for which in ((batches, 0), (batches, 1), (other, 0))
     ]
     assert all(len(a & b) < len(a) / 2 for i, a in enumerate(drawn) for b in drawn[:i])
-
-
-def test_only_the_first_stories_are_taken_where_so_many_are_asked_for(stories):
-    batches = Batches(stories, 16, 4, seed=3, max_stories=7)
-    inputs = [token for window in windows(batches, 1) for token in window[0][window[2] >= 0].tolist()]
-    assert sorted(inputs) == sorted(token for i in range(7) for token in stories[i].tolist())
 
 
 class DiskThatFails(TokenStories):
@@ -113,23 +93,15 @@ class DiskThatFails(TokenStories):
         return super().__getitem__(i)
 
 
-@pytest.mark.parametrize("ahead", [1, 4, 100])
-def test_prefetched_batches_are_the_batches_until_one_fails(stories, tmp_path, ahead):
+@pytest.mark.parametrize("ahead", [1, 100])
+def test_prefetched_batches_are_the_batches_until_one_fails_and_leave_no_thread(stories, tmp_path, ahead):
+    threads = set(threading.enumerate())
     whole, failing = Batches(stories, 16, 2, seed=3), Batches(DiskThatFails(tmp_path, "train"), 16, 2, seed=3)
     made = list(whole.prefetched(range(5, 15), 1, 2, ahead))
     assert torch.stack(made).equal(torch.stack([whole.batch(step, 1, 2) for step in range(5, 15)]))
-    made = []
     with pytest.raises(OSError, match="story 11"):
-        made.extend(failing.prefetched(range(whole.windows_per_epoch), ahead=ahead))
-    assert all(batch.equal(whole.batch(step)) for step, batch in enumerate(made))
-    with pytest.raises(OSError, match="story 11"):
-        failing.batch(len(made))
-
-
-def test_the_thread_ends_when_the_batches_are_no_longer_wanted(stories):
-    before = set(threading.enumerate())
-    data = Batches(stories, 16, 4, seed=3).prefetched(range(1000), ahead=1)
-    next(data)
-    assert len(set(threading.enumerate()) - before) == 1
-    data.close()
-    assert set(threading.enumerate()) <= before
+        list(failing.prefetched(range(whole.windows_per_epoch), ahead=ahead))
+    unfinished = whole.prefetched(range(1000), ahead=ahead)
+    next(unfinished)
+    unfinished.close()
+    assert set(threading.enumerate()) <= threads

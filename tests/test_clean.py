@@ -29,17 +29,11 @@ def test_a_misread_text_ends_as_the_text_itself_would(text):
     assert clean.normalise(misread(text)) == wanted
 
 
-def test_the_repairs_that_changed_something_are_named_and_no_others():
+def test_repairs_are_named_and_what_the_official_files_hold_is_left_as_it_is():
     assert clean.repair("â€œCome in!â€ said the owl.") == ('"Come in!" said the owl.', ["mojibake repaired"])
-    assert clean.repair("The café of Mrs. Brûlé.") == ("The cafe of Mrs. Brule.", ["characters folded"])
-    assert clean.repair("Donâ€™t  go, naïve one.")[1] == list(clean.REPAIRS)
-    assert clean.repair(STORY) == (STORY, [])
-
-
-def test_what_the_official_files_hold_is_left_as_it_is():
+    assert clean.repair("Donâ€™t  go, naïve one.") == ("Don't go, naive one.", list(clean.REPAIRS))
     text = "“Don’t go—now,” she said. \nIt was 5 – 6 o’clock. ‘Why?’"
     assert clean.repair(text) == (text, [])
-    assert clean.words(text) == clean.words(clean.normalise(text))
     assert clean.story_key(text) == clean.story_key(clean.normalise(text))
     assert clean.reason_to_drop(text, 10) is None
 
@@ -55,9 +49,10 @@ def test_what_the_official_files_hold_is_left_as_it_is():
         ("ﬁne Ａ ½ `é", "fine A 1/2 'e"),
         ("a small﹘dash", "a small - dash"),  # decomposes into a dash
         ("日本 naïve", "日本 naive"),
-        ("  one \t two\u00a0three\u2003 ", "one two three"),
-        ("one \r\ntwo\rthree\n\n \n\nfour\n", "one\ntwo\nthree\nfour"),
-        ("one\x0btwo\u2028three", "one two three"),
+        (
+            " one \t two\u00a0three\x0bfour\u2028five\r\nsix\rseven\n\n \n\neight\n",
+            "one two three four five\nsix\nseven\neight",
+        ),
         (" \n\t\n ", ""),
     ],
 )
@@ -82,10 +77,9 @@ def test_what_is_kept_is_printable_and_no_second_cleaning_changes_it(text, end):
     [
         *(("x" * 99 + end, None) for end in (".", "!", "?", '."', "!'", '?")', ".”", "...")),
         *(("x" * 100 + end, "cut off") for end in ("", ",", '"', ". And", ';"')),
-        *((text, "empty") for text in ("", "\u200b \n\u00a0")),
+        ("\u200b \n\u00a0", "empty"),
         ("x" * 98 + ".", "too short"),
         *((STORY + end, "foreign characters") for end in ("\x00", "крот.", "🥕.", "\ud83e.")),
-        ("鼠", "foreign characters"),
     ],
 )
 def test_a_story_is_dropped_for_the_reason_that_fits(story, reason):
@@ -93,23 +87,20 @@ def test_a_story_is_dropped_for_the_reason_that_fits(story, reason):
 
 
 WORDS = st.lists(st.from_regex(r"[a-z0-9]{1,6}('[a-z]{1,2})?", fullmatch=True), min_size=1, max_size=12)
-GAPS = st.text(alphabet=' \n\t.,!?;:-"()', min_size=1, max_size=4)
+GAP = st.text(alphabet=' \n\t.,!?;:-"()', min_size=1, max_size=4)
 
 
 @settings(deadline=None)
-@given(WORDS, st.data())
-def test_a_story_is_known_by_its_words_whatever_its_case_punctuation_and_white_space(words, data):
-    gaps = data.draw(st.lists(GAPS, min_size=len(words) + 1, max_size=len(words) + 1))
-    upper = data.draw(st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
-    told = "".join(gap + (word.upper() if up else word) for gap, word, up in zip(gaps, words, upper, strict=False)) + gaps[-1]
+@given(WORDS, GAP)
+def test_a_story_is_known_by_its_words_whatever_its_case_punctuation_and_white_space(words, gap):
+    told = gap + gap.join(word.upper() if i % 2 else word for i, word in enumerate(words)) + gap
     assert clean.words(told) == words
-    assert clean.story_key(told) == clean.story_key(" ".join(words)) != clean.story_key(" ".join([*words, "a"]))
+    assert clean.story_key(told) != clean.story_key(" ".join([*words, "a"]))
     assert f"{clean.story_key(told):016x}" == hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]  # on every machine
 
 
 def test_the_share_asked_for_is_held_out_and_a_larger_share_only_adds_to_it():
     keys = [clean.story_key(f"story {i}") for i in range(20_000)]
     small, large = ({key for key in keys if clean.is_held_out(key, share)} for share in (0.01, 0.1))
-    assert len(small) == pytest.approx(200, abs=60)  # four standard deviations
-    assert len(large) == pytest.approx(2000, abs=180)
+    assert (len(small), len(large)) == (pytest.approx(200, abs=60), pytest.approx(2000, abs=180))  # four standard deviations
     assert small < large

@@ -1,7 +1,6 @@
 """The command line as a reader meets it: what is printed where, and one clear line for every mistake."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -13,7 +12,7 @@ import pytest
 from tiny_models import save_blm
 
 from blm_core import __main__ as cli
-from blm_core import config, train
+from blm_core import config
 from blm_core.checkpoint import load_state
 from blm_core.evidence import __main__ as evidence
 from blm_core.evidence.publish import record
@@ -67,10 +66,8 @@ def test_stories_begin_with_the_prompt_are_numbered_and_the_same_seed_repeats_th
     assert all(code == 0 and out.startswith("One day") and out.endswith("\n") for code, out, _ in texts)
     assert texts[0] == texts[1] != texts[2]
     assert blm(*one, "--temperature", 0) == blm(*one, "--top-k", 1, "--seed", 9)  # greedy
-    code, out, _ = several = blm(*one, "--n", 3)
-    start, *stories = re.split(r"--- [123] ---\n", out)
-    assert (code, start, len(set(stories)), {story[:7] for story in stories}) == (0, "", 3, {"One day"})
-    assert blm(*one, "--n", 3) == several
+    start, *stories = re.split(r"--- [123] ---\n", blm(*one, "--n", 3)[1])
+    assert (start, len(set(stories)), {story[:7] for story in stories}) == ("", 3, {"One day"})
 
 
 def test_an_evaluation_says_the_same_to_programs_and_to_people_and_can_repair_the_text(blm, model, tmp_path):
@@ -78,28 +75,21 @@ def test_an_evaluation_says_the_same_to_programs_and_to_people_and_can_repair_th
     text.write_text("A fox saw a hen.\n<|endoftext|>\n\u201cA fox,\u201d said the hen.\n<|endoftext|>\n")
     command = ["evaluate", "--text", text, "--model", model]
     found = json.loads(blm(*command, "--json")[1])
-    assert (found["stories"], found["text"], found["model"], found["normalised"]) == (2, "two.txt", str(model), False)
-    assert found["bytes"] == len("A fox saw a hen.\u201cA fox,\u201d said the hen.".encode())
-    assert found["low"] <= found["bits_per_byte"] <= found["high"]
+    assert (found["stories"], found["bytes"]) == (2, len("A fox saw a hen.\u201cA fox,\u201d said the hen.".encode()))
     code, out, _ = blm(*command)
     assert code == 0
-    assert f"2 stories, {found['bytes']} bytes" in out
     assert f"{found['bits_per_byte']:.4f} bits per byte [{found['low']:.4f}, {found['high']:.4f}]" in out
-    repaired = json.loads(blm(*command, "--json", "--normalise")[1])
-    assert (repaired["bytes"], repaired["normalised"]) == (len('A fox saw a hen."A fox," said the hen.'), True)
+    assert json.loads(blm(*command, "--json", "--normalise")[1])["bytes"] == len('A fox saw a hen."A fox," said the hen.')
     text.write_text("<|endoftext|>\n")
     refused(blm(*command), "no story")
     text.unlink()
     refused(blm(*command), str(text))
 
 
-@pytest.mark.parametrize("command", ["config", "train", "summary", "variables", "publish"])
-def test_an_unknown_key_or_preset_is_refused_by_name_by_every_command_that_takes_settings(blm, command):
-    refused(blm(command, "--preset", "smoke", "train.colour=red"), "train.colour=red", "train.steps")
-    refused(blm(command, "--preset", "huge"), "'huge'", "smoke, study, cpu, distilled, a100")
-
-
 def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build, model, tmp_path, monkeypatch):
+    for command in ("config", "train", "summary", "variables", "publish"):
+        refused(blm(command, "--preset", "smoke", "train.colour=red"), "train.colour=red", "train.steps")
+    refused(blm("config", "--preset", "huge"), "'huge'", "smoke, study, cpu, distilled, a100")
     refused(blm("generate", "--n", 0), "--n 0")
     refused(blm("generate", "--top-p", 0), "top_p = 0.0")
     refused(blm("generate", "--model", tmp_path / "none"), str(tmp_path / "none"), "model.safetensors", "Train one")
@@ -107,7 +97,6 @@ def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build,
     refused(blm("variables", "--preset", "smoke", "--folder", tmp_path), "holds no results")
     refused(blm("publish", "--preset", "smoke"), "01_data.ipynb is missing")
     refused(blm("judge", tmp_path, "--make"), "--valid")
-    refused(blm("judge", tmp_path, "--make", "--valid", tmp_path), "BLM_RECORDED")
     refused(blm("judge", tmp_path, "--import", "--rater", "somebody"), "--date")
     monkeypatch.setenv("BLM_GPT2XL", str(tmp_path))  # holds no model, and random weights were not asked for
     refused(blm("cost", "--model", model, "--out", tmp_path / "cost.json"), str(tmp_path), "BLM_GPT2XL")
@@ -119,12 +108,9 @@ def test_settings_can_be_printed_followed_and_their_results_found_again(blm, own
     assert (found["name"], found["train"]["steps"], found["model"]["d_model"]) == ("smoke", 3, 16)
     code, out, _ = blm("train", *settings)
     assert (code, json.loads(out)) == (0, read_json(own_build / "run" / "summary.json"))
-    assert blm("train", *settings)[:2] == (0, out)
     refused(blm("train", *settings, "train.seed=5"), "train.seed: 1 there, 5 here")
-
     record(config.load("smoke"), "samples", story="One day a fox slept.")
-    code, out, _ = blm("summary", *settings)
-    assert code == 0
+    out = blm("summary", *settings)[1]
     assert "samples.story: One day a fox slept." in out.splitlines()
     assert str(own_build / "run" / "model") in out
     assert blm("variables", *settings, "--folder", tmp_path)[0] == 0
@@ -134,14 +120,12 @@ def test_settings_can_be_printed_followed_and_their_results_found_again(blm, own
 def test_sigterm_from_outside_saves_the_run_and_says_where(own_build):
     log, checkpoint = own_build / "run" / "metrics.jsonl", own_build / "run" / "checkpoint.pt"
     command = [sys.executable, "-m", "blm_core", "train", *TINY, "train.steps=1000000"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=config.ROOT, env=dict(os.environ)) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=config.ROOT) as process:
         for _ in process.stderr:  # the progress bar moves on with every step
             if log.exists() and log.read_text():
                 process.send_signal(signal.SIGTERM)
                 break
         error = process.stderr.read()
     assert process.returncode == 1
-    step = load_state(checkpoint)["step"]
-    assert f"stopped by SIGTERM after step {step}; {checkpoint} continues from there." in error
+    assert f"stopped by SIGTERM after step {load_state(checkpoint)['step']}; {checkpoint} continues from there." in error
     assert "Traceback" not in error
-    assert train.metrics(own_build / "run")[0][-1]["step"] == step

@@ -1,6 +1,5 @@
 """Presets: what may be changed, and what is refused by name."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +12,7 @@ SMOKE = PRESETS["smoke"]
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
-def test_a_preset_survives_json_and_every_key_can_be_set_to_the_value_it_has(preset):
-    assert json.loads(json.dumps(config.to_dict(preset)))["name"] == preset.name
+def test_every_key_can_be_set_to_the_value_it_has(preset):
     for key, value in config.settings(preset).items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
         assert config.override(preset, [f"{key}={text}"]) == preset
@@ -39,13 +37,7 @@ def test_values_that_only_fit_together_can_be_changed_together_in_any_order():
         config.override(SMOKE, settings[:2])
 
 
-@pytest.mark.parametrize(
-    "assignment",
-    [
-        *("train.stepz=3", "trian.steps=3", "steps=3", "model=3", "name=x", "train.steps", "", "=3", "train.=3", ".steps=3"),
-        *("a.b.c=3", "model.d_head=3", "tokens_per_step=3", "folder=x", "train.__post_init__=3"),
-    ],
-)
+@pytest.mark.parametrize("assignment", ["train.stepz=3", "steps=3", "model=3", "name=x", "train.steps", "", "model.d_head=3"])
 def test_an_unknown_key_is_refused_by_name_with_the_known_ones(assignment):
     with pytest.raises(ConfigError, match=r"train\.steps") as refused:
         config.override(SMOKE, [assignment])
@@ -55,22 +47,17 @@ def test_an_unknown_key_is_refused_by_name_with_the_known_ones(assignment):
 @pytest.mark.parametrize(
     ("assignment", "named"),
     [
-        ("train.steps=many", "train.steps = 'many'"),
         ("train.steps=1.5", "train.steps = '1.5'"),
         ("train.compile=perhaps", "train.compile = 'perhaps'"),
         ("tokenizer.sweep=512,big", "tokenizer.sweep = '512,big'"),
         ("data.validation_share=0", "data.validation_share = 0.0 cannot be used: it must be in (0, 1)"),
         ("tokenizer.vocab_size=65537", "vocab_size = 65537"),
-        ("tokenizer.vocab_size=10", "vocab_size = 10"),
         ("model.n_heads=5", "model.n_heads = 5"),
         ("model.n_heads=0", "model.n_heads = 0"),
         ("model.n_kv_heads=3", "model.n_kv_heads = 3"),
         ("model.d_model=12", "(3) is even"),
-        ("model.dropout=1", "model.dropout = 1"),
         ("train.micro_batch_size=5", "train.micro_batch_size = 5"),
-        ("train.warmup_steps=150", "train.warmup_steps = 150"),
         ("train.steps=15", "train.warmup_steps = 15"),
-        ("train.learning_rate=0", "train.learning_rate = 0"),
         ("train.learning_rate=nan", "train.learning_rate = nan"),
         ("train.schedule=linear", "train.schedule = 'linear' cannot be used: it must be cosine or wsd"),
         ("train.teacher_weight=0.5", "train.teacher_weight = 0.5"),
@@ -95,9 +82,6 @@ def test_the_environment_chooses_and_changes_the_preset_and_arguments_have_the_l
     assert config.load("smoke") == config.override(SMOKE, ["train.steps=900", "samples=3"])  # always the embedded sample
     monkeypatch.setenv("BLM_BUILD", "")
     assert config.build() == ROOT / "build"
-    monkeypatch.setenv("BLM_PRESET", "huge")
-    with pytest.raises(ConfigError, match=r"'huge'.*smoke.*cpu.*a100"):
-        config.load()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,17 +16,16 @@ import pytest
 
 from blm_core import clean
 from blm_core.config import DataConfig
-from blm_core.data import SAMPLE_FOLDER, prepare, read_split, read_stories, split_files, split_hash
+from blm_core.data import prepare, read_split, read_stories, split_files, split_hash
 from blm_core.files import ArchiveError, DownloadError, read_json
 
-VOCABULARY = [f"w{i}" for i in range(60)]
 SHARE = 0.2
 
 
-def story(seed, words: int = 40) -> str:
+def story(seed) -> str:
     """A text in the form of a story, unlike that of any other seed."""
-    chosen = random.Random(seed).choices(VOCABULARY, k=words)
-    return " ".join(" ".join(chosen[i : i + 8]).capitalize() + "." for i in range(0, words, 8))
+    rng = random.Random(seed)
+    return " ".join(" ".join(f"w{rng.randrange(60)}" for _ in range(8)).capitalize() + "." for _ in range(5))
 
 
 def told_otherwise(text: str) -> str:
@@ -35,15 +33,10 @@ def told_otherwise(text: str) -> str:
     return text.upper().replace(". ", "!\n\n").replace(" ", " - ", 3)
 
 
-def nearly(text: str, seed) -> str:
+def nearly(text: str) -> str:
     """The same story but for one word; a training story by its own words."""
-    rng = random.Random(seed)
-    while True:
-        words = text.split()
-        words[rng.randrange(1, 8)] = rng.choice(VOCABULARY)
-        key = clean.story_key(" ".join(words))
-        if key != clean.story_key(text) and not clean.is_held_out(key, SHARE):
-            return " ".join(words)
+    changed = (text.replace(text.split()[3], f"w{number}", 1) for number in range(100, 200))
+    return next(text for text in changed if not clean.is_held_out(clean.story_key(text), SHARE))
 
 
 def pack(path: Path, shards: dict[str, list | bytes]) -> Path:
@@ -64,35 +57,22 @@ def local(archive: Path, **values) -> DataConfig:
     return DataConfig(**{"archive": str(archive), "validation_file": "", "validation_share": SHARE} | values)
 
 
-def stamps(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
-def keys(folder: Path, *splits: str) -> list[int]:
-    return [clean.story_key(text) for split in splits for text in read_split(folder, split)]
-
-
-GOOD = [story(i) for i in range(240)]
+GOOD = [story(i) for i in range(120)]
 HELD_OUT = [text for text in GOOD if clean.is_held_out(clean.story_key(text), SHARE)]
 OFFICIAL = [story(f"official {i}") for i in range(12)]
-PLANTED = [nearly(text, i) for i, text in enumerate(HELD_OUT[:15] + OFFICIAL[:5])]
+PLANTED = [nearly(text) for text in HELD_OUT[:15] + OFFICIAL[:5]]
 REPEATS = [told_otherwise(text) for text in GOOD[:7] + OFFICIAL[5:9]]
+NOT_ONE = ["", " \n", "Too short.", GOOD[0][:-1], GOOD[0] + " 猫.", GOOD[0] + "\x07.", "\ud800" * 200]
 SHARDS = {
     "data10": records(PLANTED),
-    "data00": records(GOOD[:100]),
+    "data00": records(GOOD[:50]),
     "data01": b'[{"story": "Once',
     "data02": json.dumps({"stories": records(GOOD[:3])}).encode(),
     "data03": b"\xff\xfe" + json.dumps(records(GOOD[:3])).encode("utf-16-le"),
     "data05": [],
-    "data06": b"",
-    "data07": [
-        *({"summary": "lost"}, {"story": None}, {"story": 7}, {"story": ["a"]}, "a story", ["a"], None, 3.5),
-        {"story": story("with more"), "instruction": {"words": ["barn"]}, "summary": "half a pair: \ud800", "source": "GPT-4"},
-    ],
-    "data08": records(
-        ["", " \n", "Too short.", story("cut off")[:-1], story("foreign") + " 猫.", story("bell") + "\x07.", "\ud800" * 200]
-    ),
-    "data09": records(GOOD[100:] + REPEATS),
+    "data07": [{"summary": "lost"}, {"story": None}, {"story": ["a"]}, "a story", None, 3.5],
+    "data08": records(NOT_ONE),
+    "data09": records(GOOD[50:] + REPEATS),
 }
 
 
@@ -115,10 +95,9 @@ def manifest(folder) -> dict:
     return read_json(folder / "manifest.json")
 
 
-def test_every_record_is_kept_or_counted_as_dropped_with_its_reason_and_every_shard_read_or_named(folder, manifest):
-    assert manifest["read"] == sum(len(shard) for shard in SHARDS.values() if isinstance(shard, list))
+def test_every_record_is_kept_or_counted_as_dropped_with_its_reason_and_every_shard_read_or_named(folder, manifest, smoke):
     assert manifest["drops"] == {
-        "no story": 8,
+        "no story": 6,
         "empty": 2,
         "too short": 1,
         "cut off": 1,
@@ -126,78 +105,68 @@ def test_every_record_is_kept_or_counted_as_dropped_with_its_reason_and_every_sh
         "repeats another story": len(REPEATS),
         "near a held-out story": len(PLANTED),
     }
-    assert [problem.split(" cannot be read")[0] for problem in manifest["problems"]] == [f"data0{i}.json" for i in (1, 2, 3, 6)]
-    assert "not a list of records" in manifest["problems"][1]
-    kept = [*read_split(folder, "train"), *read_split(folder, "validation")]
-    assert manifest["read"] == len(kept) + sum(manifest["drops"].values())
-    assert manifest["words_per_story"] == Counter(str(len(clean.words(text))) for text in kept)
+    assert [problem.split(" cannot be read")[0] for problem in manifest["problems"]] == [f"data0{i}.json" for i in (1, 2, 3)]
     for split in ("train", "validation", "official"):
         texts = list(read_split(folder, split))
         assert manifest["stories"][split] == len(texts)
         assert manifest["bytes"][split] == sum(len(text.encode()) for text in texts)
-    assert {path.name for path in folder.iterdir()} == {"stories", "manifest.json"}
+    assert manifest["words_per_story"] == {"40": len(GOOD)}
+    sample = read_json(smoke.folder / "data" / "manifest.json")
+    for found in (manifest, sample):
+        kept = found["stories"]["train"] + found["stories"]["validation"]
+        assert found["read"] == kept + sum(found["drops"].values())
+    assert all(sample["drops"][reason] for reason in clean.DROPS if reason != "near a held-out story")
+    assert sample["repairs"]["mojibake repaired"]
 
 
 def test_no_story_nor_one_almost_like_it_is_on_both_sides_of_the_split(folder):
-    assert {text for text in GOOD if clean.story_key(text) in keys(folder, "validation")} == set(HELD_OUT)
+    assert set(read_split(folder, "validation")) == set(HELD_OUT)
+    assert set(read_split(folder, "train")) == set(GOOD) - set(HELD_OUT)  # without repeats and near-duplicates
     assert list(read_split(folder, "official")) == OFFICIAL
-    train = keys(folder, "train")
-    assert not any(clean.is_held_out(key, SHARE) for key in train)
-    assert not {clean.story_key(text) for text in PLANTED} & set(train)  # and no other was counted as near a held-out story
-    kept = keys(folder, "train", "validation", "official")
-    assert len(set(kept)) == len(kept)
 
 
 def test_the_split_depends_on_neither_order_nor_case_nor_punctuation_nor_shard(folder, config, manifest, tmp_path):
-    texts = [*GOOD, *PLANTED, *REPEATS, story("with more")]
-    random.Random(1).shuffle(texts)
+    texts = random.Random(1).sample([*GOOD, *PLANTED, *REPEATS], len(GOOD + PLANTED + REPEATS))
     shards = {"data5": records(map(told_otherwise, texts[:50])), "data7": records(texts[50:])}
     found = prepare(replace(config, archive=str(pack(tmp_path / "again.tar.gz", shards))), tmp_path / "data")
     assert found["split_hash"] == manifest["split_hash"] == split_hash(read_split(folder, "validation"))
-    for split in ("train", "validation", "official"):
-        assert sorted(keys(tmp_path / "data", split)) == sorted(keys(folder, split))
+    again, before = (sorted(map(clean.story_key, read_split(made, "train"))) for made in (tmp_path / "data", folder))
+    assert again == before
 
 
 def test_a_result_is_found_again_made_anew_where_an_input_changed_and_kept_where_the_new_one_fails(tmp_path):
     archive, target = tmp_path / "a.tar.gz", tmp_path / "data"
-    pack(archive, {"data00": records(GOOD[:40])})
-    assert prepare(local(archive), target)["read"] == 40
-    pack(archive, {"data00": records(GOOD[:60])})
-    assert prepare(local(archive), target)["read"] == 60
+    for size in (40, 60):
+        assert prepare(local(pack(archive, {"data00": records(GOOD[:size])})), target)["read"] == size
     found = prepare(local(archive, near_duplicate=0.9), target)
-    before = stamps(target)
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*.json*")}
     assert prepare(local(archive, near_duplicate=0.9), target) == found
-    (tmp_path / "bad.tar.gz").write_bytes(archive.read_bytes()[:-20])
     short, unheld = records(["Too short."] * 3), records(text for text in GOOD[:20] if text not in HELD_OUT)
     failing = [
         (local(tmp_path / "gone.tar.gz"), DownloadError, "BLM_ARCHIVE"),
         (local(archive, validation_file=str(tmp_path / "gone.txt")), DownloadError, "BLM_VALIDATION"),
-        (local(tmp_path / "bad.tar.gz"), ArchiveError, "cannot be unpacked"),
         (local(pack(tmp_path / "b.tar.gz", {"data00": short, "data01": b"{"})), ArchiveError, r"'too short': 3.*data01\.json"),
         (local(pack(tmp_path / "c.tar.gz", {"data00": unheld})), ArchiveError, "too few"),
     ]
     for config, error, why in failing:
         with pytest.raises(error, match=why):
             prepare(config, target)
-        assert before.items() <= stamps(target).items()
+        assert before.items() <= {path: path.stat().st_mtime_ns for path in target.rglob("*.json*")}.items()
 
 
-@pytest.mark.parametrize("reached", ["cleaned", "stories"])
-def test_a_preparation_that_is_killed_half_way_is_made_again_from_the_start(config, manifest, folder, tmp_path, reached):
-    code = (
-        "import sys; from blm_core.config import DataConfig; from blm_core.data import prepare\n"
-        f"if __name__ == '__main__':\n    prepare({config}, sys.argv[1])\n"
-    )
+def test_a_preparation_that_is_killed_half_way_is_made_again_from_the_start(config, manifest, folder, tmp_path):
+    code = f"""import sys; from blm_core.config import DataConfig; from blm_core.data import prepare
+if __name__ == '__main__':
+    prepare({config}, sys.argv[1])"""
     target = tmp_path / "data"
     killed = subprocess.Popen([sys.executable, "-c", code, target], stderr=subprocess.PIPE, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (target / "work" / reached).exists():
+    while not (target / "work" / "stories").exists():
         assert killed.poll() is None, killed.stderr.read()
-        assert time.monotonic() < deadline
         time.sleep(0.001)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.communicate()
     assert not (target / "manifest.json").exists()
+    (target / "work" / "stories" / "train-data99.jsonl").write_text("")  # as of another archive
     assert prepare(config, target) == manifest
     again, before = ([path.read_bytes() for path in split_files(made, "train")] for made in (target, folder))
     assert again == before
@@ -211,17 +180,3 @@ def test_official_stories_are_read_from_a_text_with_markers_between_them(tmp_pat
     path.write_bytes(b"\x1f\x8b\xff\xfe")
     with pytest.raises(ArchiveError, match=r"valid\.txt is not UTF-8 text"):
         read_stories(path)
-
-
-def test_smoke_keeps_every_whole_story_of_the_sample_and_meets_every_kind_of_fault(smoke):
-    sample = [record for path in sorted(SAMPLE_FOLDER.glob("data*.json")) for record in read_json(path)]
-    whole = [record["story"] for record in sample if set(record) == {"story", "instruction", "summary", "source"}]
-    assert len(whole) >= 200
-    manifest = prepare(smoke.data, smoke.folder / "data")
-    kept = keys(smoke.folder / "data", "train", "validation")
-    assert sorted(kept) == sorted(clean.story_key(clean.normalise(text)) for text in whole)
-    assert manifest["read"] == len(sample) == len(kept) + sum(manifest["drops"].values())
-    assert all(manifest["drops"][reason] for reason in clean.DROPS if reason != "near a held-out story")
-    assert manifest["repairs"]["mojibake repaired"]
-    assert manifest["repairs"]["white space tidied"]
-    assert manifest["stories"]["validation"] == pytest.approx(smoke.data.validation_share * len(kept), rel=0.5)

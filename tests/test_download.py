@@ -15,7 +15,7 @@ CUT = 9 * MIB // 4
 NAME = "stories.tar.gz"
 
 
-def sends(body=BODY, upto=None, ranges=True, announced=None, **version):
+def sends(body=BODY, upto=None, ranges=True, announced=SIZE, **version):
     """A server's answer: what is asked of `body`, up to its byte `upto`, where the connection is dropped."""
     version = version or {"ETag": '"one"'}
 
@@ -24,8 +24,7 @@ def sends(body=BODY, upto=None, ranges=True, announced=None, **version):
         start = int(asked.removeprefix("bytes=").rstrip("-")) if asked else 0
         if asked and start >= len(body):
             return request.begin(416, {"Content-Range": f"bytes */{len(body)}"})
-        span = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if asked else {}
-        request.begin(206 if asked else 200, {"Content-Length": (announced or len(body)) - start} | version | span)
+        request.begin(206 if asked else 200, {"Content-Length": announced - start} | version)
         middle = (start + len(body)) // 2
         request.wfile.write(body[start : min(middle, upto or middle)])
         assert not request.server.target.exists()  # a file stands in its place only when it is whole
@@ -34,8 +33,8 @@ def sends(body=BODY, upto=None, ranges=True, announced=None, **version):
     return answer
 
 
-def status(code: int, **headers):
-    return lambda request: request.begin(code, headers | {"Content-Length": 0})
+def status(code: int):
+    return lambda request: request.begin(code, {"Content-Length": 0})
 
 
 def redirected(then, size=SIZE):
@@ -51,19 +50,11 @@ def redirected(then, size=SIZE):
     return answer
 
 
-@pytest.fixture(autouse=True)
-def no_pauses(monkeypatch):
-    monkeypatch.setattr(files, "PAUSES", (0,) * 4)
-
-
 @pytest.fixture
-def server(loopback, tmp_path):
+def server(loopback, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES", (0,) * 4)
     loopback.url, loopback.target = f"{loopback.address}/{NAME}", tmp_path / NAME
     return loopback
-
-
-def names(folder) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 DATE = {"Last-Modified": "Wed, 01 Jan 2025 00:00:00 GMT"}
@@ -73,61 +64,48 @@ DAMAGED = BODY[:MIB] + bytes([BODY[MIB] ^ 1]) + BODY[MIB + 1 :]
 FAULTS = {
     "nothing": ([redirected(sends())], [False]),
     "a dropped connection": ([sends(upto=CUT), sends()], [False, True]),
-    "no answer at all": ([lambda request: None, sends()], [False, False]),
-    "a busy server": ([status(429), status(503), status(500), sends()], [False] * 4),
+    "a busy server": ([status(429), status(503), lambda request: None, sends()], [False] * 4),
     "a date instead of an ETag": ([sends(upto=CUT, **DATE), sends(**DATE)], [False, True]),
     "no version to resume by": ([sends(upto=CUT, **NONE), sends(**NONE)], [False, False]),
     "ranges that are ignored": ([sends(upto=CUT), sends(ranges=False)], [False, True]),
     "a changed file": ([sends(OTHER, upto=CUT, ETag='"old"'), sends()], [False, True]),
     "a length stated too short": ([redirected(sends(upto=MIB, announced=MIB)), redirected(sends())], [False, True]),
     "damage on the way": ([redirected(sends(DAMAGED)), redirected(sends())], [False, False]),
-    "two files of one ETag": ([redirected(x) for x in (sends(OTHER, upto=CUT), sends(), sends())], [False, True, False]),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_file_arrives_whole_in_spite_of(server, tmp_path, fault):
     server.answers, resumes = FAULTS[fault]
-    assert fetch(server.url, tmp_path) == tmp_path / NAME
-    assert (tmp_path / NAME).read_bytes() == BODY
+    assert fetch(server.url, tmp_path).read_bytes() == BODY
     assert [bool(asked) for asked in server.ranges] == resumes
-    assert names(tmp_path) == {NAME, f"{NAME}.source"}
     fetch(server.url, tmp_path)  # finds it
     assert len(server.asked) == len(resumes)
 
 
-def test_a_later_run_resumes_what_a_failed_one_left(server, tmp_path):
+def test_a_later_run_resumes_what_a_failed_one_left_or_a_killed_one_had_nearly_moved(server, tmp_path):
+    part = tmp_path / f"{NAME}.part"
     server.answers = [sends(upto=CUT), status(500)]
     with pytest.raises(DownloadError, match=r"500.*BLM_VALIDATION"):
         fetch(server.url, tmp_path, "BLM_VALIDATION")
     assert len(server.asked) == len(files.PAUSES)
-    assert names(tmp_path) == {f"{NAME}.part", f"{NAME}.source"}
-    left = (tmp_path / f"{NAME}.part").read_bytes()
-    assert left
-    assert BODY.startswith(left)
+    left = part.stat().st_size
     server.answers = [sends()]
     assert fetch(server.url, tmp_path).read_bytes() == BODY
-    assert (server.ranges[-1], server.asked[-1]["if-range"]) == (f"bytes={len(left)}-", '"one"')
-
-
-def test_a_complete_part_that_a_kill_left_does_not_stop_the_next_run(server, tmp_path):
-    server.answers = [sends()]
-    fetch(server.url, tmp_path).rename(tmp_path / f"{NAME}.part")
+    assert (server.ranges[-1], server.asked[-1]["if-range"]) == (f"bytes={left}-", '"one"')
+    (tmp_path / NAME).rename(part)
     assert fetch(server.url, tmp_path).read_bytes() == BODY
 
 
 @pytest.mark.parametrize(
     ("answer", "why", "once"),
     [
-        (status(403), "403.*BLM_ARCHIVE", True),
         (status(404), "404.*BLM_ARCHIVE", True),
         (status(416), "416.*BLM_ARCHIVE", False),
-        (status(302, Location=f"/{NAME}"), "redirects.*BLM_ARCHIVE", False),
-        (redirected(sends(upto=MIB, announced=MIB, ranges=False)), f"{MIB} bytes arrived", False),
         (redirected(sends(OTHER)), "sha256", False),
         (redirected(sends(), size=SIZE - 1), f"'size': {SIZE - 1}", False),
     ],
-    ids=["forbidden", "missing", "no range", "redirects", "too short", "another file", "another size"],
+    ids=["missing", "no range", "another file", "another size"],
 )
 def test_a_file_that_cannot_be_had_whole_is_refused_with_the_reason(server, tmp_path, answer, why, once):
     server.answers = [answer]
@@ -141,19 +119,14 @@ def test_a_file_of_the_same_name_from_another_address_is_downloaded_anew_and_a_q
     server.answers = [lambda request: sends(OTHER if "/other/" in request.path else BODY)(request)]
     server.target = tmp_path / "never"
     assert fetch(server.url, tmp_path).read_bytes() == BODY
-    assert fetch(f"{server.address}/other/{NAME}?download=true", tmp_path).read_bytes() == OTHER
-    assert names(tmp_path) == {NAME, f"{NAME}.source"}
+    assert fetch(f"{server.address}/other/{NAME}?download=true", tmp_path) == tmp_path / NAME
+    assert (tmp_path / NAME).read_bytes() == OTHER
 
 
-def test_a_local_file_is_used_where_it_lies(tmp_path, monkeypatch):
-    (tmp_path / "mine.tar.gz").write_bytes(b"mine")
+def test_a_local_file_is_used_where_it_lies_and_what_is_not_there_is_named_with_the_variable_to_set(tmp_path, monkeypatch):
+    (tmp_path / NAME).write_bytes(b"mine")
     monkeypatch.setenv("HOME", str(tmp_path))
-    for source in (f"{tmp_path}/mine.tar.gz", "~/mine.tar.gz"):
-        assert fetch(source, tmp_path / "data") == tmp_path / "mine.tar.gz"
-
-
-@pytest.mark.parametrize("source", ["nowhere.tar.gz", ".", "ftp://127.0.0.1/a.tar.gz", "http://127.0.0.1:1/a.tar.gz"])
-def test_a_source_that_is_not_there_is_reported_with_the_variable_to_set(tmp_path, monkeypatch, source):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with pytest.raises(DownloadError, match=rf"{source}.*BLM_VALIDATION"):
-        fetch(source, tmp_path, "BLM_VALIDATION")
+    assert fetch(f"~/{NAME}", tmp_path / "data") == tmp_path / NAME
+    for source in ("nowhere.tar.gz", ".", "ftp://127.0.0.1/a.tar.gz"):
+        with pytest.raises(DownloadError, match=rf"{source}.*BLM_VALIDATION"):
+            fetch(source, tmp_path, "BLM_VALIDATION")

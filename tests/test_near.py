@@ -12,15 +12,11 @@ from blm_core.near import NearDuplicates
 FEW_WORDS = st.lists(st.sampled_from("abc"), max_size=14).map(" ".join)
 
 
-def runs(text: str) -> set[tuple]:
-    words = text.split()
-    return {tuple(words[i : i + 4]) for i in range(max(1, len(words) - 3))} if words else set()
-
-
 def jaccard(one: str, other: str) -> Fraction:
     """Of the runs of four words; a text of fewer is one run, and one without words is near nothing."""
-    a, b = runs(one), runs(other)
-    return Fraction(len(a & b), len(a | b)) if a and b else Fraction(0)
+    words = one.split(), other.split()
+    a, b = ({tuple(text[i : i + 4]) for i in range(max(1, len(text) - 3))} for text in words)
+    return Fraction(len(a & b), len(a | b)) if all(words) else Fraction(0)
 
 
 def answers(texts: list[str], asked: list[str], threshold: float) -> list[bool]:

@@ -1,8 +1,6 @@
 """Publishing: what is committed of an executed preset, what never is, and the model card."""
 
 import base64
-import contextlib
-import io
 import re
 from dataclasses import replace
 
@@ -48,7 +46,6 @@ def notebook(name: str) -> dict:
         code("show(own)", 4, printed("what this run wrote"), "source-text", "own-run"),
         code(f"#| label: fig-{name}-vector\nplot()", 5, picture(**svg)),
         code(f"#| label: fig-{name}-pixels\nplot()", 6, picture(**png)),
-        code("plot()", 7, picture(**svg)),
     ]
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -73,25 +70,19 @@ def preset(tmp_path, smoke, tokenizer, monkeypatch) -> Preset:
 def test_source_text_progress_bars_and_this_machine_are_cleared_and_all_else_is_put_where_it_is_committed(preset, tmp_path):
     root = tmp_path / "project"
     figures, release, run = (root / name for name in ("figures", "release", "runs/made"))
-    figures.mkdir(parents=True)
-    (figures / "fig-old.svg").write_text(SVG)
+    write_json(figures / "fig-old.svg", "of an earlier run")
     publish.publish(preset, root)
     for name in NOTEBOOKS:
         text = (root / "notebooks" / f"{name}.ipynb").read_text()
         assert not [found for found in ("someone's story", "a bar", "a time", str(ROOT)) if found in text]
-        assert "a number in a/b" in text
-        assert "what this run wrote" in text
-        assert text.count(SVG) == 2
+        assert not [kept for kept in ("a number in a/b", "what this run wrote", SVG) if kept not in text]
         assert read_json(preset.folder / "notebooks" / f"{name}.ipynb") == notebook(name)  # the reader's own copy stays
     expected = {f"fig-{name}-{kind}" for name in NOTEBOOKS for kind in ("vector.svg", "pixels.png")}
     assert {path.name for path in figures.iterdir()} == expected | {"heads.json", "story.md"}
     assert (figures / "fig-01_data-vector.svg").read_text() == SVG
     assert (figures / "fig-01_data-pixels.png").read_bytes() == PNG
-    assert {str(path.relative_to(run)) for path in run.rglob("*.json*")} == {
-        *RUN_FILES,
-        *(f"teachers/1/{n}" for n in RUN_FILES),
-    }
-    assert (release / "tokenizer.json").is_file()
+    kept = {f"{folder}{name}" for folder in ("", "teachers/1/") for name in RUN_FILES}
+    assert {str(path.relative_to(run)) for path in run.rglob("*.json*")} == kept
     # The card states what was recorded, and the published model wrote its samples.
     card = (release / "README.md").read_text()
     assert not [f"{section}'s {name}" for section, name in STATED if f"{section}'s {name}" not in card]
@@ -99,36 +90,30 @@ def test_source_text_progress_bars_and_this_machine_are_cleared_and_all_else_is_
         assert f"{number}. {' '.join((BEGINNING + text).split())}" in card
 
 
-def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch):
+def test_the_example_of_the_released_card_runs_as_it_is_printed(monkeypatch, capsys):
     pytest.importorskip("transformers")
     monkeypatch.chdir(ROOT)
     (example,) = re.findall("```python\n(.*?)```", (ROOT / "release" / "README.md").read_text(), re.DOTALL)
-    written = io.StringIO()
-    with contextlib.redirect_stdout(written):
-        exec(compile(example, "the card's example", "exec"), {})
-    assert BEGINNING in written.getvalue()
-    assert len(written.getvalue().split()) > 50
+    exec(compile(example, "the card's example", "exec"), {})
+    written = capsys.readouterr().out
+    assert BEGINNING in written
+    assert len(written.split()) > 50
 
 
-@pytest.mark.parametrize(
-    ("file", "spoilt"),
-    [
-        ("notebooks/06_inside.ipynb", {"execution_count": 9}),
-        ("notebooks/06_inside.ipynb", {"outputs": [ERROR]}),
-        *((name, None) for name in ("notebooks/03_model.ipynb", "heads.json", "run/model/config.json")),
-    ],
-)
-def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(preset, tmp_path, file, spoilt):
-    path = preset.folder / file
-    if spoilt:
-        made = read_json(path)
+def test_what_is_missing_or_was_not_executed_to_its_end_is_named_and_nothing_is_published(preset, tmp_path):
+    def refused(file: str) -> None:
+        with pytest.raises(PublishError, match=file):
+            publish.publish(preset, tmp_path / "project")
+        assert not (tmp_path / "project").exists()
+
+    for spoilt in ({"execution_count": 9}, {"outputs": [ERROR]}):
+        made = notebook("06_inside")
         made["cells"][-1] |= spoilt
-        write_json(path, made)
-    else:
-        path.unlink()
-    with pytest.raises(PublishError, match=file):
-        publish.publish(preset, tmp_path / "project")
-    assert not (tmp_path / "project").exists()
+        write_json(preset.folder / "notebooks" / "06_inside.ipynb", made)
+        refused("06_inside.ipynb was not executed")
+    for file in ("heads.json", "run/model/config.json", "notebooks/03_model.ipynb"):
+        (preset.folder / file).unlink()
+        refused(file)
 
 
 def test_any_recorded_text_is_the_same_after_a_yaml_reader(preset, tmp_path):

@@ -46,7 +46,7 @@ def test_notebook_was_executed_once_from_top_to_bottom_or_not_at_all_and_shows_n
     assert not re.search(r"(?<![\w./-])/(?:home|root|tmp|work|Users|mnt)/", json.dumps(outputs))
 
 
-def test_report_embeds_labelled_cells_of_the_notebooks_that_quarto_lists():
+def test_report_embeds_labelled_cells_recorded_variables_and_known_citations():
     listed = yaml.safe_load((ROOT / "_quarto.yml").read_text())["manuscript"]["notebooks"]
     assert [entry["notebook"] for entry in listed] == [f"notebooks/{name}.ipynb" for name in NOTEBOOKS]
     embedded = re.findall(r"{{<\s*embed\s+notebooks/(\w+).ipynb#(\S+?)\s*(?:echo=\w+\s*)?>}}", REPORT)
@@ -55,13 +55,9 @@ def test_report_embeds_labelled_cells_of_the_notebooks_that_quarto_lists():
     known = [(name, label) for name, text in sources for label in re.findall(r"^#\|\s*label:\s*(\S+)", text, re.MULTILINE)]
     assert set(embedded) <= set(known)
     assert len({label for _, label in known}) == len(known)
-
-
-def test_report_takes_its_numbers_from_recorded_variables_and_its_citations_from_the_bibliography():
     recorded = yaml.safe_load((ROOT / "_variables.yml").read_text())
     used = set(re.findall(r"{{<\s*var\s+([\w.-]+)\s*>}}", REPORT))
-    assert used
-    assert used <= {f"{section}.{name}" for section, values in recorded.items() for name in values}
+    assert set() < used <= {f"{section}.{name}" for section, values in recorded.items() for name in values}
     cited = set(re.findall(r"(?<![\w`])@((?!fig-|tbl-|lst-|sec-|eq-)[A-Za-z][\w:-]*\w)", re.sub(r"{{<.*?>}}", "", REPORT)))
     assert cited <= set(re.findall(r"^@\w+{\s*([^,\s]+)", (ROOT / "references.bib").read_text(), re.MULTILINE))
 
@@ -82,7 +78,7 @@ def test_environments_hold_every_package_that_the_project_needs():
         assert versions["torch"] == torch
 
 
-def test_readme_names_commands_and_targets_that_exist_and_explains_every_environment_variable():
+def test_readme_names_commands_and_targets_that_exist_every_environment_variable_and_presets_as_they_are():
     for module in ("blm_core", "blm_core.evidence"):
         command = [sys.executable, "-m", module, "--help"]
         shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -92,42 +88,31 @@ def test_readme_names_commands_and_targets_that_exist_and_explains_every_environ
     assert set(re.findall(r"\bmake ([a-z][\w-]*)", README)) <= set(targets)
     code = "\n".join(path.read_text() for path in (ROOT / "blm_core").rglob("*.py"))
     assert set(re.findall(r"\bBLM_[A-Z0-9_]+\b", code)) <= set(re.findall(r"`(BLM_[A-Z0-9_]+)`", README))
+    for preset in config.PRESETS.values():
+        row = re.search(rf"^\| `{preset.name}` \|.*$", README, re.MULTILINE)[0]
+        size = f"{parameter_counts(preset.model)['total'] / 1e6:.2f} M"
+        tokens = f"{preset.train.steps * preset.tokens_per_step / 1e6:,.1f} M"
+        assert [cell.strip() for cell in row.split("|")[3:6]] == [size, f"{preset.tokens_per_step:,}", tokens]
 
 
-@pytest.mark.parametrize("preset", config.PRESETS.values(), ids=lambda preset: preset.name)
-def test_readme_states_presets_as_they_are_configured(preset):
-    row = re.search(rf"^\| `{preset.name}` \|.*$", README, re.MULTILINE)[0]
-    tokens = preset.train.steps * preset.tokens_per_step
-    size = f"{parameter_counts(preset.model)['total'] / 1e6:.2f} M"
-    assert [cell.strip() for cell in row.split("|")[3:6]] == [size, f"{preset.tokens_per_step:,}", f"{tokens / 1e6:,.1f} M"]
-
-
-def imports(module: str) -> list[tuple[str, bool]]:
+def imports(module: str) -> dict[str, bool]:
     """The full names that a module imports, each with whether it does so outside of functions."""
-    tree = ast.parse(PATHS[module].read_text(encoding="utf-8"))
-    found = []
+    tree, found = ast.parse(PATHS[module].read_text(encoding="utf-8")), {}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node in tree.body) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            found += [(f"{node.module}.{alias.name}", node in tree.body) for alias in node.names]
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            parent = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            found = {f"{parent}{alias.name}": node in tree.body for alias in node.names} | found
     return found
 
 
-def own(module: str) -> set[str]:
-    """The modules of blm_core that a module imports."""
-    return {known for name, _ in imports(module) for known in MODULES if name == known or name.startswith(known + ".")}
-
-
-def test_the_core_imports_its_five_packages_wandb_on_request_and_no_evidence():
+def test_modules_import_in_one_direction_and_the_core_its_five_packages_wandb_on_request_and_no_evidence():
+    inner = {}
     for module in MODULES:
+        names = imports(module)
+        inner[module] = {known for name in names for known in MODULES if f"{name}.".startswith(f"{known}.")}
         if not module.startswith("blm_core.evidence"):
-            foreign = {name for name, _ in imports(module) if name.split(".")[0] not in sys.stdlib_module_names | NEEDED}
+            foreign = {name for name in names if name.split(".")[0] not in sys.stdlib_module_names | NEEDED}
             assert foreign <= {"wandb"}, module
-            assert ("wandb", True) not in imports(module), module
-            assert not [name for name in own(module) if name.startswith("blm_core.evidence")], module
-
-
-def test_modules_import_in_one_direction():
-    order = graphlib.TopologicalSorter({module: own(module) for module in MODULES}).static_order()
-    assert sorted(order) == MODULES  # raises CycleError, naming the circle
+            assert not names.get("wandb"), module
+            assert not [name for name in inner[module] if name.startswith("blm_core.evidence")], module
+    assert sorted(graphlib.TopologicalSorter(inner).static_order()) == MODULES  # raises CycleError, naming the circle

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from blm_core.data import SAMPLE_FOLDER
 from blm_core.files import ArchiveError, unpack
 
 
@@ -32,19 +31,18 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 PASSED_OVER = [
-    *(member(name) for name in ("README", "data.json", "data00.json.bak", "xdata00.json", "DATA01.json", "../../.bashrc")),
+    *(member(name) for name in ("README", "data.json", "data00.json.bak", "xdata00.json", "../../.bashrc")),
     member("data90.json", b"", type=tarfile.DIRTYPE),
     member("data91.json", b"", type=tarfile.SYMTYPE, linkname="/etc/passwd"),
     member("data92.json", b"", type=tarfile.LNKTYPE, linkname="/etc/passwd"),
-    member("data93.json", b"", type=tarfile.CHRTYPE, devmajor=1, devminor=5),
-    member("data94.json", b"", type=tarfile.FIFOTYPE),
-    member("data95.json", b"", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}),
+    member("data93.json", b"", type=tarfile.FIFOTYPE),
+    member("data94.json", b"", pax_headers={"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 40)}),
 ]
 ANYWHERE = ["data01.json", "./data00.json", "stories/data02.json", "/data03.json", "a/../../data04.json"]
 
 
 def test_regular_files_named_like_shards_are_taken_out_into_the_folder_and_nothing_else_is(tmp_path):
-    archive = packed(tmp_path / "a.tar.gz", *PASSED_OVER[:6], *map(member, ANYWHERE), *PASSED_OVER[6:])
+    archive = packed(tmp_path / "a.tar.gz", *PASSED_OVER[:5], *map(member, ANYWHERE), *PASSED_OVER[5:])
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "data77.json").write_text("what a killed run left")
     paths = unpack(archive, tmp_path / "shards")
@@ -52,33 +50,22 @@ def test_regular_files_named_like_shards_are_taken_out_into_the_folder_and_nothi
     assert tree(tmp_path) == {"a.tar.gz": archive.read_bytes()} | {f"shards/data0{i}.json": b"[]" for i in range(5)}
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory) -> bytes:
-    path = tmp_path_factory.mktemp("sample") / "a.tar.gz"
-    with tarfile.open(path, "w:gz") as archive:
-        archive.add(SAMPLE_FOLDER, "sample")
-    return path.read_bytes()
-
-
-def refused(folder: Path, why: str = "") -> None:
+def refused(archive: Path, why: str = "") -> None:
     with pytest.raises(ArchiveError, match=rf"(?s)a\.tar\.gz cannot be unpacked.*{why}.*delete it"):
-        unpack(folder / "a.tar.gz", folder / "shards")
-    assert list(tree(folder)) == ["a.tar.gz"]
+        unpack(archive, archive.parent / "shards")
+    assert list(tree(archive.parent)) == ["a.tar.gz"]
 
 
-@pytest.mark.parametrize("content", [b"<html>Please log in</html>", gzip.compress(b"no archive"), 0, 0.01, 0.5, 0.9999])
-def test_what_is_no_whole_archive_is_refused_and_the_way_out_is_named(tmp_path, sound, content):
-    (tmp_path / "a.tar.gz").write_bytes(content if isinstance(content, bytes) else sound[: int(len(sound) * content)])
-    refused(tmp_path)
-
-
-def test_a_damaged_gzip_is_never_taken_for_a_sound_one(tmp_path, sound):
-    rng = random.Random(1)
-    for _ in range(30):
-        damaged = bytearray(sound)
-        damaged[rng.randrange(20, len(sound))] ^= 1 << rng.randrange(8)
-        (tmp_path / "a.tar.gz").write_bytes(damaged)
-        refused(tmp_path)
+def test_what_is_no_whole_archive_or_damaged_is_refused_and_the_way_out_is_named(tmp_path):
+    rng, archive = random.Random(1), tmp_path / "a.tar.gz"
+    sound = packed(archive, *(member(f"data0{i}.json", rng.randbytes(9000)) for i in range(3))).read_bytes()
+    cut = [sound[: int(len(sound) * share)] for share in (0, 0.01, 0.5, 0.9999)]
+    damaged = [bytearray(sound) for _ in range(30)]
+    for content in damaged:
+        content[rng.randrange(20, len(sound))] ^= 1 << rng.randrange(8)
+    for content in [b"<html>Please log in</html>", gzip.compress(b"no archive"), *cut, *damaged]:
+        archive.write_bytes(content)
+        refused(archive)
 
 
 def test_a_damaged_header_is_not_taken_for_the_end_of_the_archive(tmp_path):
@@ -86,22 +73,9 @@ def test_a_damaged_header_is_not_taken_for_the_end_of_the_archive(tmp_path):
     body = bytearray(archive.read_bytes())
     body[2 * 512] ^= 1  # the second header follows one header and one block of data
     archive.write_bytes(body)
-    refused(tmp_path, "damaged")
+    refused(archive, "damaged")
 
 
-SPARSE = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}
-
-
-@pytest.mark.parametrize(
-    ("members", "why"),
-    [
-        ([], r"no file named like data00\.json"),
-        ([member("README")], r"no file named like data00\.json"),
-        ([member("data00.json"), member("again/data00.json")], "File exists"),
-        ([member("data00.json"), member("data01.json", b"[" * 600, pax_headers=SPARSE)], ""),
-    ],
-    ids=["empty", "no shards", "one shard twice", "malformed"],
-)
-def test_an_archive_that_cannot_be_the_stories_is_refused(tmp_path, members, why):
-    packed(tmp_path / "a.tar.gz", *members)
-    refused(tmp_path, why)
+def test_an_archive_without_shards_or_with_one_twice_is_refused(tmp_path):
+    refused(packed(tmp_path / "a.tar.gz", member("README")), r"no file named like data00\.json")
+    refused(packed(tmp_path / "a.tar.gz", member("data00.json"), member("again/data00.json")), "File exists")
