@@ -33,7 +33,6 @@ from blm_core.config import TokenizerConfig
 from blm_core.files import found, read_json, read_json_lines, sha256, write_json, written_aside
 from blm_core.tokenizer import Tokenizer, train
 
-SPLITS = ("train", "validation", "official")
 COUNTS = ("tokens", "stories", "bytes")
 
 
@@ -58,17 +57,17 @@ def encode_splits(stories: Path, tokenizer: Tokenizer, folder: Path, blank_line_
     made_from = {
         "tokenizer": tokenizer.hash,
         "blank_line_share": blank_line_share,
-        "inputs": {split: _inputs(stories, split) for split in SPLITS},
+        "inputs": {split: _inputs(stories, split) for split in data.SPLITS},
     }
     manifest = found(folder / "manifest.json", made_from)
     if manifest and all(_whole(folder, shard) for shards in manifest["splits"].values() for shard in shards):
         return manifest
     (folder / "manifest.json").unlink(missing_ok=True)
-    paths = {split: data.split_files(stories, split) for split in SPLITS}
+    paths = {split: data.split_files(stories, split) for split in data.SPLITS}
     work = partial(_encode_shard, model=tokenizer.path, folder=folder, blank_line_share=blank_line_share)
-    made = iter(data.pooled(work, [path for split in SPLITS for path in paths[split]], "encoding"))
-    splits = {split: list(islice(made, len(paths[split]))) for split in SPLITS}
-    counts = {what: {split: sum(shard[what] for shard in splits[split]) for split in SPLITS} for what in COUNTS}
+    made = iter(data.pooled(work, [path for split in data.SPLITS for path in paths[split]], "encoding"))
+    splits = {split: list(islice(made, len(paths[split]))) for split in data.SPLITS}
+    counts = {what: {split: sum(shard[what] for shard in splits[split]) for split in data.SPLITS} for what in COUNTS}
     manifest = {"made_from": made_from, "splits": splits, **counts}
     write_json(folder / "manifest.json", manifest)
     return manifest
