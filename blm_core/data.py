@@ -142,7 +142,7 @@ def _clean_shard(shard: Path, config: DataConfig, folder: Path) -> dict:
         records = json.loads(shard.read_text(encoding="utf-8"))
         if not isinstance(records, list):
             raise ValueError("it is not a list of records")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         records, problem = [], f"{shard.name} cannot be read: {error}"
     counts["read"] = len(records)
     for record in records:

@@ -6,8 +6,10 @@
 """
 
 import contextlib
+import errno
 import hashlib
 import json
+import lzma
 import os
 import re
 import shutil
@@ -20,7 +22,7 @@ from pathlib import Path
 import requests
 from tqdm import tqdm
 
-PAUSES = (0, 1, 2, 4, 8)  # seconds before each attempt
+PAUSES = (0, 2, 8, 30, 60)  # seconds before each attempt
 TIMEOUT = (10, 60)  # seconds to connect, seconds without a byte
 SHARD = re.compile(r"data[0-9]+\.json")
 
@@ -116,6 +118,8 @@ def fetch(source: str, folder: Path, variable: str = "BLM_ARCHIVE") -> Path:
             reason = error
             if error.response is not None and error.response.status_code in (401, 403, 404):
                 break  # another attempt would not change it
+        except OSError as error:
+            raise DownloadError(f"{target} cannot be written: {error}. Free some space and run this again.") from error
     raise DownloadError(
         f"{source} could not be downloaded: {reason}. Run this again, which continues where it stopped, "
         f"or set {variable} to another URL or to a local file."
@@ -126,20 +130,21 @@ def _download(url: str, target: Path, note: Path) -> Path:
     """One attempt: continue `target.part` where it ends, check size and checksum, and move it into place."""
     part, known = target.with_name(f"{target.name}.part"), read_json(note, {})
     have = part.stat().st_size if part.exists() and known.get("url") == url and known["version"] else 0
-    resume = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
-    with requests.get(url, headers={"Accept-Encoding": "identity", **resume}, stream=True, timeout=TIMEOUT) as response:
-        if response.status_code == 416:  # nothing follows this part, so it is of another file
-            part.unlink(missing_ok=True)
-        response.raise_for_status()
-        if not have or response.status_code != 206:
-            for old in (target, part):  # before the note stops being about them
-                old.unlink(missing_ok=True)
-            known, have = {"url": url, **_stated(response)}, 0
-            write_json(note, known)
-        bar = {"total": known["size"], "initial": have, "desc": target.name}
-        with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as out:
-            for block in response.iter_content(1 << 20):
-                out.write(block)
+    if not have or have != known["size"]:  # else only the check was missing
+        resume = {"Range": f"bytes={have}-", "If-Range": known["version"]} if have else {}
+        with requests.get(url, headers={"Accept-Encoding": "identity", **resume}, stream=True, timeout=TIMEOUT) as response:
+            if response.status_code == 416:  # nothing follows this part, so it is of another file
+                part.unlink(missing_ok=True)
+            response.raise_for_status()
+            if not have or response.status_code != 206:
+                for old in (target, part):  # before the note stops being about them
+                    old.unlink(missing_ok=True)
+                known, have = {"url": url, **_stated(response)}, 0
+                write_json(note, known)
+            bar = {"total": known["size"], "initial": have, "desc": target.name}
+            with open(part, "ab") as file, tqdm.wrapattr(file, "write", **bar) as out:
+                for block in response.iter_content(1 << 20):
+                    out.write(block)
     size = part.stat().st_size
     if known["size"] in (None, size) and known["sha256"] in (None, sha256(part)):
         return part.replace(target)
@@ -154,9 +159,9 @@ def _stated(response: requests.Response) -> dict:
     for redirect in response.history:
         redirects |= {name.lower(): value for name, value in redirect.headers.items()}
     size = redirects.get("x-linked-size") or own.get("Content-Length")
-    digest = redirects.get("x-linked-etag", "").strip('"')
+    tag, digest = own.get("ETag", "W/"), redirects.get("x-linked-etag", "").strip('W/"')
     return {
-        "version": own.get("ETag") or own.get("Last-Modified"),
+        "version": own.get("Last-Modified") if tag.startswith("W/") else tag,  # If-Range takes strong ones only
         "size": int(size) if size else None,
         "sha256": digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
     }
@@ -182,8 +187,9 @@ def unpack(archive: Path, folder: Path) -> list[Path]:
                     raise tarfile.ReadError("what follows the last readable member is damaged")
         if not any(folder.iterdir()):
             raise tarfile.ReadError("it holds no file named like data00.json")
-    except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error) as error:
+    except (tarfile.TarError, EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
         shutil.rmtree(folder)
-        way_out = "If it was downloaded and is damaged, delete it to have it downloaded again."
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        way_out = "Free some space." if full else "If it was downloaded, delete it to have it downloaded again."
         raise ArchiveError(f"{archive} cannot be unpacked into {folder}: {error}. {way_out}") from error
     return sorted(folder.iterdir())

@@ -185,10 +185,11 @@ def _claim(folder: Path, identity: dict) -> None:
             write_json(folder / "config.json", identity)
         return
     differs = [
-        f"{part}.{key}: {found[part].get(key)!r} there, {identity[part].get(key)!r} here"
-        for part in identity
-        for key in sorted({*found[part], *identity[part]})
-        if found[part].get(key) != identity[part].get(key)
+        f"{part}.{key}: {there.get(key)!r} there, {here.get(key)!r} here"
+        for part, here in identity.items()
+        for there in [found.get(part, {})]
+        for key in sorted({*there, *here})
+        if there.get(key) != here.get(key)
     ]
     if differs:
         differences = "; ".join(differs)

@@ -66,6 +66,7 @@ FAULTS = {
     "a dropped connection": ([sends(upto=CUT), sends()], [False, True]),
     "a busy server": ([status(429), status(503), lambda request: None, sends()], [False] * 4),
     "a date instead of an ETag": ([sends(upto=CUT, **DATE), sends(**DATE)], [False, True]),
+    "a weak ETag beside a date": ([sends(upto=CUT, **DATE, ETag='W/"one"'), sends(**DATE)], [False, True]),
     "no version to resume by": ([sends(upto=CUT, **NONE), sends(**NONE)], [False, False]),
     "ranges that are ignored": ([sends(upto=CUT), sends(ranges=False)], [False, True]),
     "a changed file": ([sends(OTHER, upto=CUT, ETag='"old"'), sends()], [False, True]),
@@ -93,8 +94,10 @@ def test_a_later_run_resumes_what_a_failed_one_left_or_a_killed_one_had_nearly_m
     server.answers = [sends()]
     assert fetch(server.url, tmp_path).read_bytes() == BODY
     assert (server.ranges[-1], server.asked[-1]["if-range"]) == (f"bytes={left}-", '"one"')
+    asked = len(server.asked)
     (tmp_path / NAME).rename(part)
     assert fetch(server.url, tmp_path).read_bytes() == BODY
+    assert len(server.asked) == asked  # it was whole
 
 
 @pytest.mark.parametrize(

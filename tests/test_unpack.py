@@ -63,7 +63,9 @@ def test_what_is_no_whole_archive_or_damaged_is_refused_and_the_way_out_is_named
     damaged = [bytearray(sound) for _ in range(30)]
     for content in damaged:
         content[rng.randrange(20, len(sound))] ^= 1 << rng.randrange(8)
-    for content in [b"<html>Please log in</html>", gzip.compress(b"no archive"), *cut, *damaged]:
+    packed_tighter = bytearray(packed(archive, member("data00.json", rng.randbytes(9000)), mode="w:xz").read_bytes())
+    packed_tighter[5000] ^= 1
+    for content in [packed_tighter, b"<html>Please log in</html>", gzip.compress(b"no archive"), *cut, *damaged]:
         archive.write_bytes(content)
         refused(archive)
 
