@@ -15,6 +15,11 @@ from blm_core.evaluate import score
 from blm_core.files import read_json
 from blm_core.generate import Sampling, complete, stream
 
+FACTS = (  # of all that the notebooks record
+    *("data.read", "data.kept", "tokenizer.pieces", "model.parameters", "train.tokens", "train.minutes"),
+    *("train.device", "train.bits_per_byte", "compare.headline", "samples.first"),
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser, command = command_line("python -m blm_core", "BLM: a boutique language model.")
@@ -97,10 +102,10 @@ def _summary(args) -> None:
     results = read_json(folder / "results.json")
     if not results:
         raise ConfigError(f"{folder} holds no results; run the notebooks first.")
-    for section, values in results.items():
-        for name, value in values.items():
-            print(f"{section}.{name}: {value}")
-    print(f"notebooks in {folder / 'notebooks'}, model in {folder / 'run' / 'model'}")
+    for fact in FACTS:
+        section, name = fact.split(".")
+        print(f"{fact:<20} {results.get(section, {}).get(name, 'not recorded yet')}")
+    print(f"all of it in {folder / 'results.json'}, notebooks in {folder / 'notebooks'}, model in {folder / 'run' / 'model'}")
 
 
 def _generate(args) -> None:
