@@ -1,6 +1,5 @@
 """Publishing: what is committed of an executed preset, what never is, and the model card."""
 
-import base64
 import re
 from dataclasses import replace
 
@@ -16,7 +15,6 @@ from blm_core.evidence.publish import NOTEBOOKS, RUN_FILES, SAMPLES, PublishErro
 from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, complete
 
-PNG = b"a picture"
 SVG = "<svg xmlns='http://www.w3.org/2000/svg'/>"
 STATED = re.findall(r"{(\w+)\[(\w+)\]}", publish.CARD)  # section and name of what the card takes from the results
 ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
@@ -37,15 +35,12 @@ def picture(**data) -> dict:
 
 def notebook(name: str) -> dict:
     """An executed notebook with one cell of each kind."""
-    svg, png = {"image/svg+xml": [SVG], "image/png": "unused"}, {"image/png": base64.b64encode(PNG).decode()}
     cells = [
         {"cell_type": "markdown", "source": ["# Prose"], "metadata": {}},
         code("print(number)", 1, printed(f"a number in {ROOT}/a/b")),
         code("wait()", 2, printed("a bar", "stderr")),
         code("show(story)", 3, printed("someone's story"), "source-text"),
-        code("show(own)", 4, printed("what this run wrote"), "source-text", "own-run"),
-        code(f"#| label: fig-{name}-vector\nplot()", 5, picture(**svg)),
-        code(f"#| label: fig-{name}-pixels\nplot()", 6, picture(**png)),
+        code(f"#| label: fig-{name}-vector\nplot()", 4, picture(**{"image/svg+xml": [SVG], "image/png": "unused"})),
     ]
     return {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
 
@@ -75,12 +70,11 @@ def test_source_text_progress_bars_and_this_machine_are_cleared_and_all_else_is_
     for name in NOTEBOOKS:
         text = (root / "notebooks" / f"{name}.ipynb").read_text()
         assert not [found for found in ("someone's story", "a bar", "a time", str(ROOT)) if found in text]
-        assert not [kept for kept in ("a number in a/b", "what this run wrote", SVG) if kept not in text]
+        assert not [kept for kept in ("a number in a/b", SVG) if kept not in text]
         assert read_json(preset.folder / "notebooks" / f"{name}.ipynb") == notebook(name)  # the reader's own copy stays
-    expected = {f"fig-{name}-{kind}" for name in NOTEBOOKS for kind in ("vector.svg", "pixels.png")}
+    expected = {f"fig-{name}-vector.svg" for name in NOTEBOOKS}
     assert {path.name for path in figures.iterdir()} == expected | {"heads.json", "story.md"}
     assert (figures / "fig-01_data-vector.svg").read_text() == SVG
-    assert (figures / "fig-01_data-pixels.png").read_bytes() == PNG
     kept = {f"{folder}{name}" for folder in ("", "teachers/1/") for name in RUN_FILES}
     assert {str(path.relative_to(run)) for path in run.rglob("*.json*")} == kept
     # The card states what was recorded, and the published model wrote its samples.

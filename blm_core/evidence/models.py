@@ -5,7 +5,7 @@
   a sample depends on the seed, its number and its prompt alone.
 - What a model has scored or written goes into JSON-lines files that are `continued` after a break (`record`, `score_stories`).
 
-transformers is imported here and nowhere else, and only when such a model is loaded.
+transformers is imported only when such a model is loaded.
 """
 
 import json

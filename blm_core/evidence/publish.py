@@ -1,11 +1,9 @@
 """From an executed preset to what is committed: notebooks, figures, variables, run, release and its model card.
 
 - Notebooks call `record`; the report's prose takes every measured number from these records, through `_variables.yml`.
-- Outputs of cells tagged `source-text` show other people's text and are cleared before anything is published. Cells also
-  tagged `own-run` keep theirs: what the reader's own run generated from our prompts is the reader's to show.
+- Outputs of cells tagged `source-text` show other people's text and are cleared before anything is published.
 """
 
-import base64
 import math
 import re
 import shutil
@@ -21,12 +19,12 @@ from blm_core.model import LanguageModel
 from blm_core.tokenizer import Tokenizer
 
 NOTEBOOKS = ("01_data", "02_tokenizer", "03_model", "04_train", "05_compare_gpt2xl", "06_inside")
-SOURCE_TEXT, OWN_RUN = "source-text", "own-run"
+SOURCE_TEXT = "source-text"
 RUN_FILES = ("config.json", "metrics.jsonl", "summary.json")
 WIDEST_CELL = 40  # characters; longer cells are broken
 SAMPLES = 10
 # What stands to the right in a table.
-NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MBK]| points)?( \[.*\])?( \(noise\))?|not \w+|\u2013|")
+NUMBER = re.compile(r"[-+]?\d[\d.,]*( ?[%MB]| points)?( \[.*\])?|not \w+|")
 LABEL = re.compile(r"#\|\s*label:\s*(fig-[\w-]+)")
 CARD = """---
 language: en
@@ -147,8 +145,7 @@ def publish(preset: Preset, root: Path = ROOT) -> None:
 
 def clear_for_publication(cell: dict) -> None:
     """Clear a code cell's outputs where they show source text, and always progress bars, times and this machine's paths."""
-    tags = cell["metadata"].get("tags", [])
-    if SOURCE_TEXT in tags and OWN_RUN not in tags:
+    if SOURCE_TEXT in cell["metadata"].get("tags", []):
         cell["outputs"] = []
     cell["outputs"] = [out for out in cell["outputs"] if out.get("name") != "stderr"]
     for output in cell["outputs"]:
@@ -169,11 +166,8 @@ def _executed(path: Path) -> dict:
 def _save_figure(cell: dict, folder: Path) -> None:
     label = LABEL.search("".join(cell["source"]))
     for output in cell["outputs"] if label else []:
-        match output.get("data"):
-            case {"image/svg+xml": svg}:
-                (folder / f"{label[1]}.svg").write_text("".join(svg), encoding="utf-8")
-            case {"image/png": png}:
-                (folder / f"{label[1]}.png").write_bytes(base64.b64decode(png))
+        if svg := output.get("data", {}).get("image/svg+xml"):
+            (folder / f"{label[1]}.svg").write_text("".join(svg), encoding="utf-8")
 
 
 def model_card(preset: Preset, model: LanguageModel, tokenizer: Tokenizer) -> str:
