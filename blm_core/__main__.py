@@ -9,11 +9,12 @@ from pathlib import Path
 from blm_core import config as configuration
 from blm_core import pipeline
 from blm_core.checkpoint import load_model
-from blm_core.config import ROOT, ConfigError, Preset
+from blm_core.config import PRESETS, ROOT, ConfigError, Preset
 from blm_core.data import read_stories
 from blm_core.evaluate import score
 from blm_core.files import read_json
 from blm_core.generate import Sampling, complete, stream
+from blm_core.hardware import find_device
 
 FACTS = (  # of all that the notebooks record
     *("data.read", "data.kept", "tokenizer.pieces", "model.parameters", "train.tokens", "train.minutes"),
@@ -52,7 +53,7 @@ def command_line(prog: str, text: str) -> tuple[argparse.ArgumentParser, Callabl
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(run=run)
         if preset:
-            sub.add_argument("--preset", help="smoke, cpu, distilled or a100 (default: BLM_PRESET, else what fits the machine)")
+            sub.add_argument("--preset", help=f"{', '.join(PRESETS)} (default: BLM_PRESET, else what fits the machine)")
             sub.add_argument("settings", nargs="*", metavar="section.key=value", help="e.g. train.steps=2000")
         return sub
 
@@ -111,7 +112,7 @@ def _summary(args) -> None:
 def _generate(args) -> None:
     if args.n < 1:
         raise ConfigError(f"--n {args.n} must be at least 1.")
-    sampling, (model, tokenizer) = sampling_of(args), load_model(args.model, args.device)
+    sampling, (model, tokenizer) = sampling_of(args), load_model(args.model, find_device(args.device))
     if args.n > 1:
         for i, text in enumerate(complete(model, tokenizer, [args.prompt] * args.n, sampling), 1):
             print(f"--- {i} ---\n{args.prompt}{text}")
@@ -124,14 +125,17 @@ def _generate(args) -> None:
 
 def _evaluate(args) -> None:
     stories = read_stories(args.text, args.normalise)
-    model, tokenizer = load_model(args.model, args.device)
+    model, tokenizer = load_model(args.model, find_device(args.device))
     result = score(model, tokenizer, stories)[0]._asdict()
     result |= {"text": args.text.name, "model": str(args.model), "normalised": args.normalise}
     if args.json:
         print(json.dumps({key: None if value != value else value for key, value in result.items()}))  # JSON has no NaN
     else:
         print(f"{result['stories']:,} stories, {result['bytes']:,} bytes, {result['tokens']:,} tokens")
-        print(f"{result['bits_per_byte']:.4f} bits per byte [{result['low']:.4f}, {result['high']:.4f}] 95 % bootstrap")
+        interval = f"[{result['low']:.4f}, {result['high']:.4f}] 95 % bootstrap"
+        if len(stories) == 1:
+            interval = "(one story: no interval)"
+        print(f"{result['bits_per_byte']:.4f} bits per byte {interval}")
 
 
 if __name__ == "__main__":

@@ -114,8 +114,10 @@ class ModelConfig:
 
     def __post_init__(self):
         _within(self, "[1, inf)", "n_layers", "d_model", "n_heads", "n_kv_heads", "d_ff", "seq_len", "vocab_size")
-        _require(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of {self.d_model=}")
-        _require(self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of {self.n_heads=}")
+        _require(self.d_model % self.n_heads == 0, "model.n_heads", self.n_heads, f"a divisor of d_model ({self.d_model})")
+        _require(
+            self.n_heads % self.n_kv_heads == 0, "model.n_kv_heads", self.n_kv_heads, f"a divisor of n_heads ({self.n_heads})"
+        )
         _require(self.d_head % 2 == 0, "model.n_heads", self.n_heads, f"such that the head size ({self.d_head}) is even")
         _within(self, "[0, 1)", "dropout")
         _within(self, "(0, inf)", "rope_base", "norm_eps", "init_std")
@@ -158,8 +160,8 @@ class TrainConfig:
         _one_of(self, schedule=("cosine", "wsd"), dtype=("auto", "bfloat16", "float32"), optimizer=("muon", "adamw"))
         _within(self, "[1, inf)", "steps", "batch_size", "micro_batch_size", "eval_every", "eval_stories", "log_every")
         size, warmup = self.micro_batch_size, self.warmup_steps
-        _require(self.batch_size % size == 0, "train.micro_batch_size", size, f"a divisor of {self.batch_size=}")
-        _require(0 <= warmup < self.steps, "train.warmup_steps", warmup, f"below {self.steps=}")
+        _require(self.batch_size % size == 0, "train.micro_batch_size", size, f"a divisor of batch_size ({self.batch_size})")
+        _require(0 <= warmup < self.steps, "train.warmup_steps", warmup, f"below steps ({self.steps})")
         _within(self, "[0, 1)", "beta1", "beta2", "momentum")
         _within(self, "[0, 1]", "final_learning_rate", "teacher_weight")
         _within(self, "(0, 1)", "learning_rate")

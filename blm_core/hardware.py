@@ -11,8 +11,20 @@ from pathlib import Path
 
 import torch
 
+from blm_core.config import ConfigError
+
 # Dense bfloat16 FLOP/s that the makers state. MFU is given for these only.
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}
+
+
+def find_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is cuda where there is one, else cpu. Raises ConfigError for one that is not here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 @lru_cache

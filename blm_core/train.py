@@ -28,7 +28,7 @@ from blm_core.checkpoint import llama_config, load_model, load_state, save_model
 from blm_core.config import ConfigError, Preset, to_dict
 from blm_core.evaluate import score
 from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, written_aside
-from blm_core.hardware import PowerSampler, device_name, memory, mfu, precision, resolve_dtype
+from blm_core.hardware import PowerSampler, device_name, find_device, memory, mfu, precision, resolve_dtype
 from blm_core.model import Distilled, LanguageModel, flops_per_token
 from blm_core.optimizer import learning_rate, make_optimizers, restore
 from blm_core.tokenizer import Tokenizer
@@ -111,15 +111,14 @@ class Processes:
 @contextlib.contextmanager
 def _processes(device: str):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and world_size > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
+    where = find_device(device)
+    if where.type == "cuda" and world_size > 1:
+        where = torch.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(where)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        yield Processes(int(os.environ.get("RANK", 0)), world_size, torch.device(device))
+        yield Processes(int(os.environ.get("RANK", 0)), world_size, where)
     finally:
         if world_size > 1:
             dist.destroy_process_group()

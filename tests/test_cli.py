@@ -91,6 +91,7 @@ def test_a_wrong_argument_or_what_a_command_still_needs_is_named(blm, own_build,
         refused(blm(command, "--preset", "smoke", "train.colour=red"), "train.colour=red", "train.steps")
     refused(blm("config", "--preset", "huge"), "'huge'", "smoke, study, cpu, distilled, a100")
     refused(blm("generate", "--n", 0), "--n 0")
+    refused(blm("generate", "--device", "gpu"), "'gpu' cannot be used")
     refused(blm("generate", "--top-p", 0), "top_p = 0.0")
     refused(blm("generate", "--model", tmp_path / "none"), str(tmp_path / "none"), "model.safetensors", "Train one")
     refused(blm("summary", "--preset", "smoke"), str(own_build), "run the notebooks first")

@@ -28,6 +28,7 @@ from blm_core.checkpoint import load_model
 from blm_core.config import Preset
 from blm_core.files import read_json, read_json_lines, sha256, text_sha256
 from blm_core.generate import Sampling, next_tokens, sample_numbers, uniforms
+from blm_core.hardware import find_device
 
 GPT2_XL = {"n_embd": 1600, "n_layer": 48, "n_head": 25}  # the rest of GPT-2's configuration is transformers' default
 GPT2_XL_PARAMETERS = 1_557_611_200  # counted on that configuration, the tied embedding once
@@ -80,7 +81,7 @@ class BLM(ComparedModel):
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         """Load the model in `folder`. Raises CheckpointError."""
-        self.model, self.tokenizer = load_model(Path(folder), str(_device(device)))
+        self.model, self.tokenizer = load_model(Path(folder), str(find_device(device)))
         self.device, self.seq_len = self.model.device, self.model.config.seq_len
         self.revision = sha256(Path(folder) / "model.safetensors")[:16]
 
@@ -115,7 +116,7 @@ class TransformersModel(ComparedModel):
                 "a connection to the hub or BLM_GPT2XL set to a folder with the model."
             ) from error
         self.name = folder.resolve().name if local else name
-        self.device = _device(device)
+        self.device = find_device(device)
         self.model.to(self.device, torch.float32)
         self.model.generation_config = GenerationConfig()  # its own settings of sampling are not used
         weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
@@ -184,10 +185,6 @@ def versions() -> dict[str, str]:
     """Versions of what a result depends on."""
     packages = [name for name in ("torch", "numpy", "sentencepiece", "transformers") if name in sys.modules]
     return {"blm_core": __version__, "python": sys.version.split()[0], **{name: version(name) for name in packages}}
-
-
-def _device(name: str) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _hub_answers() -> bool:

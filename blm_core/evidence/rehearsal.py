@@ -11,10 +11,9 @@ import torch
 
 from blm_core import pipeline
 from blm_core.config import ConfigError, Preset
-from blm_core.evidence.models import _device
 from blm_core.evidence.publish import markdown_table
 from blm_core.evidence.speed import REPEATS, SECONDS, Loop, choose_micro_batch, isolation_ratio, machine, training_row
-from blm_core.hardware import precision
+from blm_core.hardware import find_device, precision
 from blm_core.model import KeyValueCache, LanguageModel
 
 TRIAL_SHARE = 8  # a trial of a learning rate takes an eighth of the batch, else three of them would take an hour
@@ -26,7 +25,7 @@ def rehearse(preset: Preset, device: str = "auto", steps: int = 200, seconds: fl
 
     Stories are prepared first where they are missing: random tokens tell nothing of a learning rate.
     """
-    where = _device(device)
+    where = find_device(device)
     pipeline.tokens(preset)
     checks = correctness(preset, where)
     loop = Loop(preset, where)

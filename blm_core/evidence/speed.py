@@ -26,10 +26,10 @@ from blm_core import data, pipeline
 from blm_core import tokens as shards
 from blm_core.checkpoint import load_model
 from blm_core.config import ROOT, ConfigError, Preset
-from blm_core.evidence.models import GPT2_XL, PUBLISHED, _device, load, random_gpt2, versions
+from blm_core.evidence.models import GPT2_XL, PUBLISHED, load, random_gpt2, versions
 from blm_core.files import read_json, write_json
 from blm_core.generate import Sampling, sample_tokens
-from blm_core.hardware import PowerSampler, device_name, memory, mfu, resolve_dtype
+from blm_core.hardware import PowerSampler, device_name, find_device, memory, mfu, resolve_dtype
 from blm_core.model import KeyValueCache, LanguageModel, flops_per_token, parameter_counts
 from blm_core.optimizer import learning_rate, make_optimizers
 from blm_core.tokens import Batches, TokenStories
@@ -266,7 +266,7 @@ def bench(names: list[str] | None = None, device: str = "auto", quick: bool = Fa
     are those of the last. `quick` takes seconds, compiles nothing, and its figures are rough.
     """
     seconds, repeats, tokens = (0.2, 2, 8) if quick else (SECONDS, REPEATS, 64)
-    where, rows = _device(device), []
+    where, rows = find_device(device), []
     for preset in map(configuration.load, names or ["a100" if where.type == "cuda" else "cpu"]):
         loop = Loop(preset, where)
         if where.type == "cuda":
@@ -332,7 +332,7 @@ def measure_cost(folder: Path, opponent: str | dict, device: str = "cpu") -> dic
     for question, written in ((f"{READ} tokens read at once", 0), (f"{WRITTEN} tokens written one by one", WRITTEN)):
         sides = [(about["name"], partial(_speed, model, about["bytes_per_token"], written)) for model, about in both]
         ratios.append(by_turns(question, "bytes of text/s", *sides, REPEATS))
-    return machine(_device(device)) | {"models": [about for _, about in both], "ratios": ratios}
+    return machine(find_device(device)) | {"models": [about for _, about in both], "ratios": ratios}
 
 
 def _loaded(source: str | dict, device: str) -> tuple[torch.nn.Module, dict]:
