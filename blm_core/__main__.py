@@ -18,7 +18,7 @@ from blm_core.hardware import find_device
 
 FACTS = (  # of all that the notebooks record
     *("data.read", "data.kept", "tokenizer.pieces", "model.parameters", "train.tokens", "train.minutes"),
-    *("train.device", "train.bits_per_byte", "compare.headline", "samples.first"),
+    *("train.device", "train.bits_per_byte", "samples.story"),
 )
 
 

@@ -110,12 +110,12 @@ def test_settings_can_be_printed_followed_and_their_results_found_again(blm, own
     code, out, _ = blm("train", *settings)
     assert (code, json.loads(out)) == (0, read_json(own_build / "run" / "summary.json"))
     refused(blm("train", *settings, "train.seed=5"), "train.seed: 1 there, 5 here")
-    record(config.load("smoke"), "samples", first="One day a fox slept.")
+    record(config.load("smoke"), "samples", story="One day a fox slept.")
     out = blm("summary", *settings)[1]
-    assert "samples.first        One day a fox slept." in out.splitlines()
+    assert "samples.story        One day a fox slept." in out.splitlines()
     assert str(own_build / "run" / "model") in out
     assert blm("variables", *settings, "--folder", tmp_path)[0] == 0
-    assert '  first: "One day a fox slept."' in (tmp_path / "_variables.yml").read_text().splitlines()
+    assert '  story: "One day a fox slept."' in (tmp_path / "_variables.yml").read_text().splitlines()
 
 
 def test_sigterm_from_outside_saves_the_run_and_says_where(own_build):
