@@ -108,7 +108,7 @@ def save_model(folder: Path, model: LanguageModel, tokenizer: Tokenizer) -> None
         shutil.copyfile(tokenizer.path, aside)
 
 
-def load_model(folder: Path, device: str = "cpu") -> tuple[LanguageModel, Tokenizer]:
+def load_model(folder: Path, device: str | torch.device = "cpu") -> tuple[LanguageModel, Tokenizer]:
     """The model in `folder`, in float32 and ready to sample, and its vocabulary. Raises CheckpointError."""
     paths = [Path(folder) / name for name in ("config.json", "model.safetensors", "tokenizer.model")]
     missing = [path.name for path in paths if not path.is_file()]

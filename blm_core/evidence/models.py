@@ -81,7 +81,7 @@ class BLM(ComparedModel):
 
     def __init__(self, folder: str | Path, device: str = "auto"):
         """Load the model in `folder`. Raises CheckpointError."""
-        self.model, self.tokenizer = load_model(Path(folder), str(find_device(device)))
+        self.model, self.tokenizer = load_model(Path(folder), find_device(device))
         self.device, self.seq_len = self.model.device, self.model.config.seq_len
         self.revision = sha256(Path(folder) / "model.safetensors")[:16]
 

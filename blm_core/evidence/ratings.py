@@ -22,7 +22,7 @@ from blm_core.clean import normalise
 from blm_core.config import ROOT, ConfigError
 from blm_core.evaluate import Interval, difference_interval, mean_interval, paired_difference, verdict
 from blm_core.evidence.text import measure
-from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, write_json_lines
+from blm_core.files import read_json, read_json_lines, sha256, text_sha256, write_json, write_json_lines, written_aside
 from blm_core.generate import Sampling, complete
 
 BEGINNING = "Once upon a time"
@@ -277,12 +277,12 @@ def take_in(folder: Path, evidence: Path, rater: str, date: str) -> None:
             left.append(f"{name}: {'; '.join(wrong[:3])}")
             continue
         lines.sort(key=lambda line: line["id"])
-        if not target.exists():
+        if target.exists() and list(read_json_lines(target)) != lines:
+            raise ValueError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
+        if name not in noted:
             write_json_lines(target, lines)
             noted[name] = {"rater": rater, "date": date, "items": len(lines), "sha256": sha256(sheet)}
             write_json(taken / "sheets.json", dict(sorted(noted.items())))
-        elif list(read_json_lines(target)) != lines:
-            raise ValueError(f"{target} holds other marks. A sheet is taken once; move the file to take it anew.")
     if left:
         raise ValueError(f"{len(left)} sheets were not taken.\n" + "\n".join(left))
 
@@ -308,8 +308,8 @@ def ask(folder: Path) -> None:
         except OpenAIError as error:
             raise ValueError(f"{url} did not answer {sheet.name}: {type(error).__name__}: {error}") from error
         lines = [line.strip() for line in (reply.choices[0].message.content or "").splitlines()]
-        target.parent.mkdir(exist_ok=True)
-        target.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
+        with written_aside(target) as aside:
+            aside.write_text("".join(f"{line}\n" for line in lines if line.startswith("{")), encoding="utf-8")
 
 
 # ---- What follows from the answers
